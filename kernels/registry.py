@@ -1,0 +1,100 @@
+"""Which implementation of an operator runs: by device, dtype and shape, announced once, and can be forced.
+
+An implementation is a callable with the operator's public signature. The first registered one that supports the call
+is taken, so operators register the fastest first and the reference last.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stoker.errors import Refusal
+
+logger = logging.getLogger(__name__)
+
+#: (device type, dtype, head dims or other static shape of the call) -> can this implementation run it
+Supports = Callable[[str, torch.dtype, tuple[int, ...]], bool]
+
+
+def anywhere(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Runs wherever torch does."""
+    return True
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``cost``: device type -> what is lost by running there (an implementation absent from it is at home)."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Supports = anywhere
+    cost: Mapping[str, str] = field(default_factory=dict)
+
+
+_implementations: dict[str, list[Implementation]] = {}
+_forced: dict[str, str] = {}
+_announced: set[tuple[str, str, str, str]] = set()
+
+
+def register(op: str, implementation: Implementation) -> None:
+    _implementations.setdefault(op, []).append(implementation)
+
+
+def implementations(op: str) -> list[Implementation]:
+    """All of an operator, in order of preference. Refusal if the operator is unknown."""
+    if op not in _implementations:
+        raise Refusal(f"operator {op!r} is unknown: known are {', '.join(sorted(_implementations))}")
+    return _implementations[op]
+
+
+def operators() -> list[str]:
+    return sorted(_implementations)
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Implementation:
+    """The implementation to run; says which, once per operator, device and dtype. Can be traced by torch.compile."""
+    if op in _forced:
+        chosen = _named(op, _forced[op])
+    else:
+        chosen = next(i for i in implementations(op) if i.supports(device.type, dtype, shape))
+    _announce(op, device.type, str(dtype), chosen.name, chosen.cost.get(device.type, ""))
+    return chosen
+
+
+@contextmanager
+def force(op: str, name: str) -> Iterator[None]:
+    """Within the context every call of ``op`` runs the implementation ``name``. Refusal if there is none."""
+    _named(op, name)
+    before = _forced.get(op)
+    _forced[op] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[op]
+        else:
+            _forced[op] = before
+
+
+def _named(op: str, name: str) -> Implementation:
+    for implementation in implementations(op):
+        if implementation.name == name:
+            return implementation
+    names = ", ".join(i.name for i in implementations(op))
+    raise Refusal(f"operator {op!r} has no implementation {name!r}: choose one of {names}")
+
+
+@torch.compiler.assume_constant_result
+def _announce(op: str, device: str, dtype: str, name: str, cost: str) -> None:
+    key = (op, device, dtype, name)
+    if key in _announced:
+        return
+    _announced.add(key)
+    level = logging.WARNING if cost else logging.INFO
+    logger.log(level, "kernel %s on %s %s: %s%s", op, device, dtype.removeprefix("torch."), name, cost and f" ({cost})")

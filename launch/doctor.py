@@ -1,0 +1,230 @@
+"""What is installed, what is missing, and what each absence costs.
+
+Everything is read from package metadata, the file system and the environment: nothing heavy is imported and nothing is
+changed, so it answers in a second, on a broken installation too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from packaging.requirements import Requirement
+
+from stoker import guard
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Status = Literal["ok", "absent", "wrong"]
+GIB = 2**30
+
+#: Required distributions worth a line of their own -> what does not work without them. Versions are pyproject's.
+REQUIRED = {
+    "torch": "nothing trains; planning still works",
+    "megatron-core": "nothing trains; planning still works",
+    "psutil": "Megatron-core's writer process dies and its parent waits for ever",
+    "zarr": "no token store is built, no checkpoint is opened as zarr",
+    "numba": "no token store is read",
+    "google-crc32c": "no checkpoint is written or verified",
+    "wandb": "a run is recorded in its run directory only",
+}
+#: Optional distributions -> (name shown, cost, what to do). The cost is today's: several have no adapter yet.
+OPTIONAL = {
+    "flash-attn": ("flash-attn", "softmax attention runs on torch's SDPA", "on a CUDA host: pip install 'stoker[gpu]'"),
+    "transformer-engine": ("TransformerEngine", "nothing yet: it has no adapter", "nothing to do"),
+    "flash-linear-attention": ("FLA", "no peer for the linear-attention kernels in benchmarks", "only to compare"),
+    "deep-ep": ("DeepEP", "nothing yet: it has no adapter", "nothing to do"),
+    "transformers": ("transformers", "no Hugging Face peer in tests and benchmarks", "pip install 'stoker[test]'"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the doctor looked for. `absent` has a cost; `wrong` keeps a run from starting or from being right."""
+
+    name: str
+    status: Status
+    found: str
+    cost_of_absence: str = ""
+    what_to_do: str = ""
+
+
+def diagnose(directory: Path | None = None) -> list[Finding]:
+    """Every finding, software first; `directory` is where runs will be written (default: the working directory)."""
+    return [
+        _python(),
+        *_required(),
+        _cuda(),
+        *_optional(),
+        _apex(),
+        *_foreign(),
+        *_compilers(),
+        *_machine(directory or Path.cwd()),
+    ]
+
+
+def healthy(findings: list[Finding]) -> bool:
+    return all(finding.status != "wrong" for finding in findings)
+
+
+def table(findings: list[Finding]) -> Table:
+    """The findings for a terminal, one row each; cost and advice only where they apply."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    colour = {"ok": "green", "absent": "yellow", "wrong": "bold red"}
+    rows = Table(box=box.SIMPLE_HEAD)
+    rows.add_column("", no_wrap=True)
+    rows.add_column("status", no_wrap=True)
+    rows.add_column("found")
+    rows.add_column("what that costs, and what to do")
+    for finding in findings:
+        advice = "" if finding.status == "ok" else f"{finding.cost_of_absence}; {finding.what_to_do}"
+        rows.add_row(finding.name, Text(finding.status, colour[finding.status]), Text(finding.found), Text(advice))
+    return rows
+
+
+def _python() -> Finding:
+    status: Status = "ok" if sys.version_info >= (3, 11) else "wrong"
+    return Finding("Python", status, platform.python_version(), "nothing starts", "use Python 3.11 or newer")
+
+
+def _required() -> Iterator[Finding]:
+    try:
+        lines = metadata.requires(guard.DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        yield Finding("Stoker", "wrong", "not installed", "no dependency is certain", "make lint, or pip install -e .")
+        return
+    yield Finding("Stoker", "ok", metadata.version(guard.DISTRIBUTION))
+    quiet = 0
+    for needed in map(Requirement, lines):
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(needed.name)
+        if version is None or not needed.specifier.contains(version, prereleases=True):
+            cost = REQUIRED.get(needed.name, "an import fails")
+            yield Finding(needed.name, "wrong", version or "not installed", cost, f"pip install '{needed}'")
+        elif needed.name in REQUIRED:
+            yield Finding(needed.name, "ok", version)
+        else:
+            quiet += 1
+    yield Finding("other dependencies", "ok", f"{quiet} as required")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda() -> Finding:
+    devices = _first_lines("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    build = (_version("torch") or "").partition("+")[2]
+    if not devices:
+        return Finding(
+            "CUDA device", "absent", "none", "training runs on CPU with gloo", "nothing to do for small runs"
+        )
+    found = f"{len(devices)} x {devices[0]}"
+    if build == "cpu":
+        return Finding(
+            "CUDA device",
+            "wrong",
+            f"{found}, but torch is the CPU build",
+            "the device is idle",
+            "install torch for CUDA",
+        )
+    return Finding("CUDA device", "ok", found)
+
+
+def _optional() -> Iterator[Finding]:
+    for distribution, (name, cost, advice) in OPTIONAL.items():
+        version = _version(distribution)
+        yield Finding(name, "ok" if version else "absent", version or "not installed", cost, advice)
+
+
+def _apex() -> Finding:
+    cost = "the optimizer and gradient clipping run unfused on a GPU"
+    match guard.apex():
+        case "built":
+            return Finding("NVIDIA Apex", "ok", _version("apex") or "built")
+        case "unbuilt":
+            return Finding(
+                "NVIDIA Apex", "absent", "without its CUDA operators", cost, "rebuild it with --cpp_ext --cuda_ext"
+            )
+        case "impostor":
+            wrong = "Megatron-core would import it for NVIDIA's"
+            return Finding("NVIDIA Apex", "wrong", "another project named apex", wrong, "pip uninstall apex")
+        case "absent":
+            return Finding("NVIDIA Apex", "absent", "not installed", cost, "nothing to do on CPU; never from PyPI")
+
+
+def _foreign() -> Iterator[Finding]:
+    for found in guard.foreign_rooms():
+        owners = " ".join(found.distributions) or "a folder on the path"
+        what = f"package {found.name!r} of {owners} at {found.location}"
+        if found.in_the_way:
+            yield Finding("foreign package", "wrong", what, "Stoker imports it for its own", f"remove {owners}")
+        else:
+            yield Finding("foreign package", "ok", f"{what}, hidden by Stoker's own")
+
+
+def _compilers() -> Iterator[Finding]:
+    for name, cost in (
+        ("gcc", "kernels compiled for this CPU are not built; torch's are used"),
+        ("nvcc", "CUDA kernels are not built; torch's operators are used"),
+    ):
+        version = re.search(r"\d+\.\d+[.\d]*", "\n".join(_first_lines(name, "--version")))
+        yield Finding(
+            name, "ok" if version else "absent", version[0] if version else "not on PATH", cost, f"install {name}"
+        )
+
+
+def _first_lines(*command: str, most: int = 64) -> list[str]:
+    """What a short command prints; empty if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines()[:most] if done.returncode == 0 else []
+
+
+def _machine(directory: Path) -> Iterator[Finding]:
+    yield Finding("cores", "ok", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable")
+    yield Finding("memory", "ok", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB")
+    yield _space("disk", directory, 5 * GIB, "a demo run, its corpus and checkpoints need some", "free some space")
+    # gloo and torch's data loaders hand tensors between processes there; containers default to 64 MB.
+    yield _space(
+        "/dev/shm", Path("/dev/shm"), GIB // 2, "ranks on one machine may die of SIGBUS", "docker run --shm-size=8g"
+    )
+
+
+def _space(name: str, path: Path, wanted_bytes: int, cost: str, advice: str) -> Finding:
+    if not path.is_dir():
+        return Finding(name, "absent", "not there", cost, advice)
+    free = shutil.disk_usage(path).free
+    return Finding(name, "ok" if free >= wanted_bytes else "absent", f"{free / GIB:.1f} GiB free", cost, advice)
+
+
+def main() -> int:
+    """Print the table; exit code 2 if anything found is wrong."""
+    from rich.console import Console
+
+    findings = diagnose()
+    Console().print(table(findings))
+    return 0 if healthy(findings) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

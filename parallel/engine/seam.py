@@ -1,0 +1,135 @@
+"""The one seam to Megatron-core: which corrections its modules need on this machine, and proof that they still do.
+
+Megatron-core has no CPU path. On a host without CUDA the seam gives the Megatron modules that Stoker uses a view of
+``torch`` in which the device "cuda" is the CPU; nobody else's ``torch`` changes, and nothing is installed on a CUDA
+host. Each correction names what it works around and probes Megatron's source, so that one that is no longer needed
+fails loudly instead of rotting.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from stoker.errors import Refusal
+
+#: Versions of megatron-core whose sources the corrections below were checked against.
+CHECKED_VERSIONS = ("0.16.1",)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One Megatron module that must see the CPU as its device. ``because`` is text that its source still holds."""
+
+    module: str
+    because: str
+    note: str
+
+
+CPU_CORRECTIONS = (
+    Correction(
+        "megatron.core.tensor_parallel.mappings",
+        "device=torch.cuda.current_device()",
+        "gathers and reduce-scatters allocate on the current CUDA device",
+    ),
+    Correction(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "device=torch.cuda.current_device()",
+        "parameter and gradient buffers are allocated on the current CUDA device",
+    ),
+    Correction(
+        "megatron.core.pipeline_parallel.p2p_communication",
+        "device=torch.cuda.current_device()",
+        "receive buffers are allocated on the current CUDA device; batched transfers end in torch.cuda.synchronize()",
+    ),
+    Correction(
+        "megatron.core.pipeline_parallel.schedules",
+        'device="cuda"',
+        'every schedule counts tokens in a tensor on the literal device "cuda"',
+    ),
+)
+
+
+class _CpuCuda(types.SimpleNamespace):
+    """What the corrected modules ask of ``torch.cuda``."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            current_device=lambda: torch.device("cpu"),
+            synchronize=lambda *_: None,
+            is_available=lambda: False,
+        )
+
+
+class _CpuTorch(types.ModuleType):
+    """``torch`` with the device "cuda" read as the CPU; every other name is torch's own."""
+
+    cuda = _CpuCuda()
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if device == "cuda" else device, **options)
+
+
+@lru_cache(maxsize=1)
+def install() -> tuple[Correction, ...]:
+    """Import Megatron-core and install what this machine needs, once per process; returns what was installed.
+
+    Raises Refusal when the installed Megatron-core no longer holds what a correction corrects.
+    """
+    quieten()
+    import megatron.core
+
+    if torch.cuda.is_available():
+        return ()
+    view = _CpuTorch()
+    for correction in CPU_CORRECTIONS:
+        module = importlib.import_module(correction.module)
+        if correction.because not in inspect.getsource(module):
+            raise Refusal(
+                f"megatron-core {megatron.core.__version__}: {correction.module} no longer holds "
+                f"`{correction.because}` ({correction.note}); the CPU seam was checked against "
+                f"{', '.join(CHECKED_VERSIONS)}: install one of these or update parallel/engine/seam.py"
+            )
+        module.torch = view  # type: ignore[attr-defined]
+    return CPU_CORRECTIONS
+
+
+def quieten() -> None:
+    """Keep Megatron's import from printing a dozen lines about optional packages: `stoker doctor` says it once."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer ?Engine|transformer_engine).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def lazily(load: Callable[[], Any]) -> Callable[[], Any]:
+    """A Megatron name that is imported after `install`, at first use."""
+
+    @lru_cache(maxsize=1)
+    def name() -> Any:
+        install()
+        return load()
+
+    return name

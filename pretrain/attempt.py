@@ -1,0 +1,139 @@
+"""One launch of a run: what it ran on, and how it ended. Kept in ``attempts/NNNN`` of the run directory. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stoker import formats
+from stoker.errors import Refusal
+from stoker.files import write_atomic
+from stoker.secrets import mask
+from stoker.version import VERSION, code_commit
+
+#: Environment variables that an attempt records, by name or by prefix: what changes speed or numerics, and the job.
+#: Nothing else of the environment is written down.
+RECORDED = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_VISIBLE_DEVICES",
+    "GLOO_",
+    "GROUP_WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MKL_NUM_THREADS",
+    "NCCL_",
+    "OMP_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_NNODES",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCH_NCCL_",
+    "WORLD_SIZE",
+)
+PACKAGES = (
+    "torch", "megatron-core", "numpy", "numba", "zarr", "pydantic", "tokenizers", "wandb",
+    "flash-attn", "apex", "transformer-engine", "flash-linear-attention",
+)  # fmt: skip
+
+
+class ExitClass(Enum):
+    """How an attempt ended; ``code`` is the exit code of the command."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    STOPPED = "stopped"
+    PREEMPTED = "preempted"
+    FAULT = "fault"
+
+    @property
+    def code(self) -> int:
+        return {"done": 0, "fault": 1, "refused": 2, "stopped": 3, "preempted": 4}[self.value]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Why an attempt ended, and the rank that knows: None where no rank is to blame."""
+
+    exit_class: ExitClass
+    cause: str
+    rank: int | None
+
+
+def record_exit(attempt_path: Path, exit_class: ExitClass, cause: str = "", rank: int | None = None) -> bool:
+    """Write ``exit.json``; any rank may, the first one stands. True if this one was it.
+
+    The first rank that fails knows the cause; the others only see that it is gone.
+    """
+    path = attempt_path / "exit.json"
+    mine = attempt_path / f".exit.{os.getpid()}.json"
+    write_json(mine, "exit", {"class": exit_class.value, "cause": mask(cause), "rank": rank})
+    try:
+        os.link(mine, path)  # unlike a rename, fails if it is there
+    except FileExistsError:
+        return False
+    finally:
+        mine.unlink()
+    return True
+
+
+def read_exit(attempt_path: Path) -> Exit | None:
+    """How an attempt ended; None if it did not say: it runs, or it was killed."""
+    path = attempt_path / "exit.json"
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Refusal(f"{path} is damaged ({error}): delete it") from None
+    formats.require(value, "exit", 1, path)
+    return Exit(ExitClass(value["class"]), value["cause"], value["rank"])
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on: versions, machine, and the variables in ``RECORDED``, secrets masked."""
+    variables = {name: value for name, value in sorted(os.environ.items()) if _recorded(name)}
+    return {
+        "stoker": VERSION,
+        "code_commit": code_commit(),
+        "lock_sha256": lock_sha256(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _installed(name) for name in PACKAGES},
+        "variables": mask(variables),
+    }
+
+
+def lock_sha256() -> str:
+    """Hash of the names and versions of everything installed: equal where the same lock file was installed."""
+    lines = sorted({f"{found.name.lower()}=={found.version}" for found in metadata.distributions() if found.name})
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_json(path: Path, name: str, value: Mapping[str, Any]) -> None:
+    """Write an object with the stamp of the format ``name``, version 1."""
+    write_atomic(path, json.dumps({"format": formats.stamp(name, 1), **value}, indent=2) + "\n")
+
+
+def _recorded(name: str) -> bool:
+    return any(name == entry or (entry.endswith("_") and name.startswith(entry)) for entry in RECORDED)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,94 @@
+"""The data of a run: stores opened and checked, the data log kept, the stream of the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dataio.log import DataLog, Segment
+from dataio.store import Store
+from dataio.stream import BlendedStream
+from pretrain.config import RunConfig
+from stoker.errors import Refusal
+from stoker.hashing import sha256_file
+
+DATA_LOG = "data_log.jsonl"
+TOKENIZER = "tokenizer.json"
+
+
+def open_stores(config: RunConfig) -> dict[str, Store]:
+    """The stores of ``data.blend`` by source name. Refuses stores that do not fit together or the model."""
+    stores: dict[str, Store] = {}
+    for path in config.data.blend:
+        store = Store.open(path)
+        if store.source in stores:
+            raise Refusal(
+                f"data.blend: {path} and {stores[store.source].path} are both the source {store.source!r}; "
+                "prepare one of them under another name"
+            )
+        stores[store.source] = store
+    first = next(iter(stores.values()))
+    for store in (*stores.values(), *open_heldout(config).values()):
+        if store.tokenizer != first.tokenizer:
+            raise Refusal(
+                f"{store.path} was made with another tokenizer ({store.tokenizer.sha256[:12]}) than {first.path} "
+                f"({first.tokenizer.sha256[:12]}); prepare both with one"
+            )
+    if first.tokenizer.vocab_size > config.model.vocab_size:
+        raise Refusal(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {first.path} "
+            f"({first.tokenizer.vocab_size} tokens): set model.vocab_size={first.tokenizer.vocab_size}"
+        )
+    return stores
+
+
+def open_heldout(config: RunConfig) -> dict[str, Store]:
+    """The stores of ``data.heldout`` by domain."""
+    return {domain: Store.open(path) for domain, path in config.data.heldout.items()}
+
+
+def read_tokenizer(config: RunConfig, stores: Mapping[str, Store]) -> bytes | None:
+    """The ``tokenizer.json`` that the stores were made with: ``data.tokenizer``, or the file of that name and hash
+    beside a store or above it. None where there is none: the run then has no bits per byte, and writes no text."""
+    store = next(iter(stores.values()))
+    named = config.data.tokenizer
+    places = [Path(named)] if named else [folder / TOKENIZER for folder in (store.path, *store.path.absolute().parents)]
+    for path in places:
+        if path.is_file() and sha256_file(path) == store.tokenizer.sha256:
+            return path.read_bytes()
+    if named:
+        raise Refusal(
+            f"data.tokenizer={named} is not the tokenizer of {store.path} (SHA-256 {store.tokenizer.sha256[:12]}), or "
+            "not there: give its tokenizer.json"
+        )
+    return None
+
+
+def segment_of(config: RunConfig, stores: Mapping[str, Store], from_step: int) -> Segment:
+    """What the configuration says of the data, as a segment of the log."""
+    weights = {Store.open(path).source: weight for path, weight in config.data.blend.items()}
+    datasets = {name: store.dataset_id for name, store in stores.items()}
+    return Segment.of(from_step, config.data.seq_len, config.train.global_batch, weights, datasets)
+
+
+def keep_log(config: RunConfig, stores: Mapping[str, Store], run_dir: Path, from_step: int) -> None:
+    """Write the data log of a new run, or append what changed from ``from_step`` on. Rank 0 only.
+
+    The log wins over the configuration: a segment is appended only where the configuration was changed since the last
+    attempt, which ``run.allow_change`` has allowed.
+    """
+    path = run_dir / DATA_LOG
+    tokenizer = next(iter(stores.values())).tokenizer
+    if not path.exists():
+        DataLog(config.run.seed, tokenizer, (segment_of(config, stores, 0),)).write(path)
+        return
+    log = DataLog.open(path)
+    wanted = segment_of(config, stores, from_step)
+    last = log.segments[-1]
+    fields = ("seq_len", "global_batch", "blend", "datasets")
+    if any(getattr(wanted, field) != getattr(last, field) for field in fields):
+        log.append(wanted, from_step)
+
+
+def open_stream(run_dir: Path, stores: Mapping[str, Store]) -> BlendedStream:
+    return BlendedStream(DataLog.open(run_dir / DATA_LOG), stores)

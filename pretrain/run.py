@@ -1,0 +1,151 @@
+"""A run: from a configuration and a world of ranks to a finished run directory.
+
+Order matters. Everything that can be refused is refused first, on the configuration and the files alone; then the
+process group is formed; then rank 0 touches the run directory. What a step does is in ``loop.py``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.attempt import ExitClass, record_exit
+from pretrain.config import RunConfig, load
+from pretrain.data import open_stores
+from pretrain.rundir import Attempt, Start, attempt_path, begin, inspect
+from stoker.errors import Refusal
+from stoker.guard import require_own_rooms
+
+#: Seconds that a collective may wait. A rank that is gone is noticed at once; this is for one that hangs.
+COLLECTIVE_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks, as torchrun says; one process without it."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        def read(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a configuration on this rank; returns the exit code of DESIGN section 8."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: torchrun --nproc-per-node N -m pretrain CONFIG.yaml|PRESET [section.key=value ...]")
+        return 0 if arguments else ExitClass.REFUSED.code
+    world = World.from_environment()
+    try:
+        require_own_rooms()
+        config = load(arguments[0], arguments[1:])
+        start = validate(config, world)
+    except Refusal as refusal:
+        if world.local_rank == 0:
+            print(f"refused: {refusal}", file=sys.stderr, flush=True)
+        return ExitClass.REFUSED.code
+    return _attempt(config, world, start)
+
+
+def validate(config: RunConfig, world: World) -> Start | None:
+    """Everything that can be refused before ranks meet. Rank 0 also says how the run would start."""
+    config.plan(world.size, announce=_announce if world.rank == 0 else _silent)
+    open_stores(config)
+    return inspect(config) if world.rank == 0 else None
+
+
+def _announce(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    return None
+
+
+def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
+    """One launch: form the world, train, and leave ``exit.json`` whatever happens."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    _join(world, config)
+    attempt: Attempt | None = None
+    number: int | None = None
+    try:
+        attempt, number, resume_step = _begin(config, world, start)
+        from pretrain.loop import train
+        from pretrain.session import Session
+
+        outcome = train(Session(config, world.rank, number, resume_step))
+        if attempt is not None:
+            attempt.finish(outcome.exit_class, outcome.cause, outcome.rank)
+        return outcome.exit_class.code
+    except Refusal as refusal:
+        # Every rank refuses together: what differs between ranks is agreed on before.
+        if world.local_rank == 0:
+            print(f"refused: {refusal}", file=sys.stderr, flush=True)
+        _leave(config, number, ExitClass.REFUSED, str(refusal), None)
+        return ExitClass.REFUSED.code
+    except BaseException as error:
+        traceback.print_exc()
+        _leave(config, number, ExitClass.FAULT, f"{type(error).__name__}: {error}", world.rank)
+        return ExitClass.FAULT.code
+    finally:
+        if attempt is not None:
+            attempt.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(world: World, config: RunConfig) -> None:
+    """Form the process group: NCCL with a gloo twin on CUDA, gloo on the CPU, and no rendezvous for a single process."""
+    import torch
+    import torch.distributed as dist
+
+    from pretrain import determinism
+
+    if config.run.deterministic:
+        determinism.enter()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    if world.size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attempt | None, int, int | None]:
+    """Rank 0 makes the attempt's directory; all ranks learn its number and the step to resume from, or its refusal."""
+    import torch.distributed as dist
+
+    attempt: Attempt | None = None
+    told: list[Any] = [None]
+    if world.rank == 0:
+        assert start is not None
+        try:
+            attempt = begin(start, config, config.plan(world.size, announce=_silent))
+            told = [(start.attempt, start.resume_step)]
+        except Refusal as refusal:
+            told = [str(refusal)]
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], str):
+        raise Refusal(told[0])
+    number, resume_step = told[0]
+    return attempt, number, resume_step
+
+
+def _leave(config: RunConfig, number: int | None, exit_class: ExitClass, cause: str, rank: int | None) -> None:
+    if number is not None:
+        record_exit(attempt_path(config.run_dir, number), exit_class, cause, rank)

@@ -1,0 +1,203 @@
+"""The run directory: what a run leaves behind, attempt by attempt. No torch.
+
+First ``inspect``, which only reads and refuses; then, on rank 0, ``begin``, which writes. Everything here has one
+writer, rank 0, but ``exit.json``: there the first rank that knows why the attempt ended writes, and it stands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from parallel.planning.plan import ParallelPlan
+from pretrain.attempt import ExitClass, environment, lock_sha256, record_exit, write_json
+from pretrain.config import Change, RunConfig, allowed_changes, parse
+from pretrain.config_yaml import parse_yaml
+from stoker import canonical, formats
+from stoker.errors import Refusal
+from stoker.files import write_atomic
+from stoker.secrets import mask
+from stoker.version import code_commit
+
+FORMAT, VERSION = "run", 1
+STAMP, CONFIG, PLAN, LOCK = "format.json", "config.yaml", "plan.json", ".lock"
+CHECKPOINTS, ATTEMPTS = "checkpoints", "attempts"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the next attempt begins: ``resume_step`` is the checkpoint to load, None to start from nothing. ``changes``
+    are the keys that differ from the run so far, all of them allowed."""
+
+    root: Path
+    attempt: int
+    resume_step: int | None
+    changes: tuple[Change, ...] = ()
+
+
+def inspect(config: RunConfig, committed: Sequence[int] | None = None) -> Start:
+    """How a run with this configuration would start; nothing is written.
+
+    ``committed``: steps of the checkpoints that can be loaded, by default those with a COMMIT file. Refuses a directory
+    that cannot be written, is something else, or was written by a newer release; one in use; changed keys that may not
+    change; and a ``run.resume`` that cannot be done.
+    """
+    root = config.run_dir
+    _refuse_unwritable(root)
+    if not _entries(root):
+        return Start(root, 1, _resume_step(config, committed or ()))
+    try:
+        stamp = json.loads((root / STAMP).read_bytes())
+    except (OSError, ValueError):
+        raise Refusal(
+            f"{root} holds files and no readable {STAMP}: it is no run directory. Choose another run.name or run.dir"
+        ) from None
+    formats.require(stamp, FORMAT, VERSION, root / STAMP)
+    _refuse_in_use(root)
+    changes: list[Change] = []
+    if (root / CONFIG).exists():
+        changes = allowed_changes(_read_config(root / CONFIG), _masked(config))
+    steps = committed_steps(root) if committed is None else committed
+    return Start(root, max(attempts(root), default=0) + 1, _resume_step(config, steps), tuple(changes))
+
+
+class Attempt:
+    """One launch that is under way: holds the directory's lock until it is closed or the process ends."""
+
+    def __init__(self, root: Path, number: int, lock: IO[str]) -> None:
+        self.root = root
+        self.number = number
+        self.path = attempt_path(root, number)
+        self._lock = lock
+
+    def finish(self, exit_class: ExitClass, cause: str = "", rank: int | None = None) -> None:
+        """Record how the attempt ended and let the directory go."""
+        record_exit(self.path, exit_class, cause, rank)
+        self.close()
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def begin(start: Start, config: RunConfig, plan: ParallelPlan, predictions: Mapping[str, Any] | None = None) -> Attempt:
+    """Make the directory of the next attempt and write what it is: rank 0 only, after ``inspect``.
+
+    ``predictions``: memory and step time of this plan, to compare with what is measured; what is not known is left out.
+    """
+    root = start.root
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not (root / STAMP).exists():  # the first file: without it the directory is not a run's
+            write_atomic(root / STAMP, canonical.dumps({"format": formats.stamp(FORMAT, VERSION)}) + "\n")
+        (root / ATTEMPTS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"run directory {root} cannot be made: {error}. Choose another run.dir or run.name") from None
+    lock = _lock(root)
+    attempt = Attempt(root, start.attempt, lock)
+    try:
+        attempt.path.mkdir()
+    except FileExistsError:
+        lock.close()
+        raise Refusal(f"{attempt.path} was begun by another launch: start again") from None
+    config = _masked(config)
+    layout = {"plan": plan.to_dict(), "predictions": dict(predictions or {})}
+    started = {"resume_step": start.resume_step, "changes": [[c.key, c.old, c.new] for c in start.changes]}
+    write_atomic(attempt.path / CONFIG, config.to_yaml(code_commit=code_commit(), lock_sha256=lock_sha256()))
+    write_json(attempt.path / PLAN, "plan", layout)
+    write_json(attempt.path / "environment.json", "environment", environment() | {"start": started})
+    write_json(root / PLAN, "plan", layout)
+    write_atomic(root / CONFIG, config.to_yaml())
+    return attempt
+
+
+def attempts(root: Path) -> list[int]:
+    """Numbers of the attempts so far, ascending."""
+    return sorted(int(path.name) for path in (root / ATTEMPTS).glob("*") if path.name.isdigit())
+
+
+def attempt_path(root: Path, number: int) -> Path:
+    return root / ATTEMPTS / f"{number:04d}"
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints of a run that were committed, ascending; that they are intact is not looked at."""
+    found = (root / CHECKPOINTS).glob("step_*/COMMIT")
+    return sorted(int(match[1]) for path in found if (match := re.fullmatch(r"step_(\d+)", path.parent.name)))
+
+
+def _resume_step(config: RunConfig, committed: Sequence[int]) -> int | None:
+    resume, root = config.run.resume, config.run_dir
+    newest = max(committed, default=None)
+    if resume == "never":
+        if newest is not None:
+            raise Refusal(
+                f"run.resume=never and {root} holds checkpoints up to step {newest}: they would be mixed with another "
+                "run. Choose another run.name, or run.resume=auto"
+            )
+        return None
+    if isinstance(resume, int) and resume not in committed:
+        held = ", ".join(map(str, sorted(committed))) or "none"
+        raise Refusal(f"run.resume={resume}: {root} holds no committed checkpoint of that step (it holds {held})")
+    step = resume if isinstance(resume, int) else newest
+    if step is not None and step > config.run.steps:
+        raise Refusal(
+            f"{root} would resume at step {step}, beyond run.steps={config.run.steps}: "
+            "raise run.steps, or give run.resume=<earlier step>"
+        )
+    return step
+
+
+def _entries(root: Path) -> list[str]:
+    """What a directory holds, hidden files apart (a crash can leave a temporary one); empty if it is not there."""
+    return [path.name for path in root.iterdir() if not path.name.startswith(".")] if root.exists() else []
+
+
+def _refuse_unwritable(root: Path) -> None:
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise Refusal(f"run directory {root} cannot be made: {existing} is a file. Choose another run.dir or run.name")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise Refusal(f"run directory {root}: {existing} cannot be written. Choose another run.dir, or its permissions")
+
+
+def _refuse_in_use(root: Path) -> None:
+    if (root / LOCK).exists():
+        with open(root / LOCK, encoding="utf-8") as file:
+            _take(file, fcntl.LOCK_SH, root)
+
+
+def _lock(root: Path) -> IO[str]:
+    file = open(root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the attempt
+    try:
+        _take(file, fcntl.LOCK_EX, root)
+    except Refusal:
+        file.close()
+        raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _take(file: IO[str], kind: int, root: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise Refusal(f"{root} is in use by {file.read()}: wait for it, or choose another run.name") from None
+
+
+def _read_config(path: Path) -> RunConfig:
+    return parse(parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+
+
+def _masked(config: RunConfig) -> RunConfig:
+    """The configuration as it may be written down: a password inside a path is not."""
+    return parse(mask(config.resolved()), config.run.name)

@@ -1,0 +1,211 @@
+"""What surrounds the step on one rank: data, checkpoints, evaluation, events. ``loop.py`` says when each has its turn."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dataio.types import Batch, BatchPlan
+from parallel.engine.groups import create
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config import RunConfig
+from pretrain.data import DATA_LOG, TOKENIZER, keep_log, open_heldout, open_stores, open_stream, read_tokenizer
+from pretrain.evaluate import Evaluator
+from pretrain.events import StepEvent, Timing
+from pretrain.health import StepReport, Verdict
+from pretrain.rundir import CHECKPOINTS
+from pretrain.sinks import Sinks, open_sinks
+from pretrain.trainer import Trainer, load_imbalance
+from stoker.errors import Refusal
+
+
+class Session:
+    """One attempt on one rank; a context that opens and closes what the attempt holds.
+
+    ``attempt``: its number; ``resume_step``: the checkpoint to begin from, None for the first values.
+    """
+
+    def __init__(self, config: RunConfig, rank: int, attempt: int, resume_step: int | None) -> None:
+        self.config, self.rank, self.attempt = config, rank, attempt
+        self.root: Path = config.run_dir
+        self.spec = config.model_spec()
+        plan = config.plan(dist.get_world_size(), announce=lambda text: None)
+        self.groups = create(plan, shared_embedding=self.spec.tied_embedding)
+        self.stores = open_stores(config)
+        self.tokenizer = read_tokenizer(config, self.stores)
+        self.trainer = Trainer(self.spec, self.groups, config.train, config.run.dtype, config.run.seed)
+        self.checkpoints = CheckpointStore(self.root / CHECKPOINTS, self.groups.control)
+        if rank == 0:
+            self.checkpoints.fence(attempt)
+        self.first_step = 0 if resume_step is None else self._load(resume_step)
+        self._keep_log()
+        self.stream = open_stream(self.root, self.stores)
+        if resume_step is not None:
+            self.stream.require_state(self._resumed["data"], f"checkpoint of step {self.first_step}")
+        self.evaluator = Evaluator(
+            self.trainer, open_heldout(config), config.data.seq_len, config.eval.windows, self.tokenizer
+        )
+        self.preemption_asked = False
+        self._log_size = self._size_of_log()
+        self._clock = 0.0
+        self._sinks: Sinks | None = None
+
+    def __enter__(self) -> Session:
+        signal.signal(signal.SIGTERM, self._ask_to_end)
+        if self.config.run.gc_every is not None:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        if self.rank == 0:
+            self._sinks = open_sinks(self.config, self.root, self.attempt, self.first_step)
+        self._say(self._opening())
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        gc.enable()
+        gc.unfreeze()
+        if self._sinks is not None:
+            self._sinks.close()
+
+    def _ask_to_end(self, number: int, frame: FrameType | None) -> None:
+        self.preemption_asked = True
+
+    def _opening(self) -> str:
+        plan = self.groups.plan
+        start = f"resumes at step {self.first_step}" if self.first_step else "starts"
+        return (
+            f"{self.config.run.name}, attempt {self.attempt}: {start}; {self.spec.num_parameters:,} parameters, "
+            f"{self.config.run.dtype}, {plan.world_size} ranks (tp {plan.tp}, pp {plan.pp}, dp {plan.dp}, ep {plan.ep})"
+        )
+
+    def _say(self, text: str) -> None:
+        if self._sinks is not None:
+            self._sinks.say(text)
+
+    def due(self, done: int, every: int | None) -> bool:
+        """``done`` steps are a multiple of ``every``."""
+        return every is not None and done % every == 0
+
+    def lr(self, step: int) -> float:
+        train = self.config.train
+        return train.lr * train.schedule.multiplier(step, self.config.run.steps)
+
+    def read(self, step: int) -> tuple[BatchPlan, Batch]:
+        """The step's addresses, and this rank's part of its tokens."""
+        self._follow_log(step)
+        plan = self.stream.plan(step)
+        return plan, self.stream.read(plan, self.trainer.part)
+
+    def _keep_log(self) -> None:
+        refused: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                keep_log(self.config, self.stores, self.root, self.first_step)
+            except Refusal as refusal:
+                refused = [str(refusal)]
+        dist.broadcast_object_list(refused, src=0, group=self.groups.control)
+        if refused[0] is not None:
+            raise Refusal(refused[0])
+
+    def _size_of_log(self) -> int:
+        return (self.root / DATA_LOG).stat().st_size
+
+    def _follow_log(self, step: int) -> None:
+        """Rank 0 looks whether the data log has grown, and every rank reads the new one or none does."""
+        size = torch.tensor([self._size_of_log() if self.rank == 0 else 0])
+        dist.broadcast(size, src=0, group=self.groups.control)
+        if int(size) == self._log_size:
+            return
+        before, self._log_size = self.stream.log, int(size)
+        stream = open_stream(self.root, self.stores)
+        late = [segment.from_step for segment in stream.log.segments[len(before.segments) :] if segment.from_step < step]
+        if late or stream.log.segments[: len(before.segments)] != before.segments:
+            raise Refusal(
+                f"{self.root / DATA_LOG}: the log was changed for step {min(late, default=0)}, which has begun "
+                f"(the next is {step}); a segment can hold from step {step} at the earliest"
+            )
+        self.stream = stream
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss by domain: nats per token, bits per byte."""
+        return self.evaluator.run()
+
+    def record(
+        self, plan: BatchPlan, report: StepReport, verdict: Verdict, lr: float, measured: dict[str, float]
+    ) -> None:
+        """The step's event, to every sink of rank 0, and the collection of garbage if it is due."""
+        if self.due(report.step + 1, self.config.run.gc_every):
+            gc.collect()
+        now = time.perf_counter()
+        elapsed, self._clock = now - self._clock - self.evaluator.spent_s, now
+        self.evaluator.spent_s = 0.0
+        if self._sinks is None:
+            return
+        imbalance = load_imbalance(report.load)
+        draws = {name: int((plan.source == index).sum()) for index, name in enumerate(self.stream.sources)}
+        self._sinks.step(
+            StepEvent(
+                attempt=self.attempt,
+                step=report.step,
+                loss=report.loss,
+                grad_norm=report.grad_norm,
+                lr=lr,
+                valid_targets=report.valid_targets,
+                tokens=report.tokens,
+                draws=draws,
+                verdict=verdict,
+                applied=verdict == "apply",
+                aux={**report.aux, **({} if imbalance is None else {"load_max_over_mean": imbalance}), **measured},
+                timing=Timing(step_time_s=elapsed, tokens_per_s=report.tokens / elapsed),
+            )
+        )
+        if measured:
+            self._say("held out: " + ", ".join(f"{name.removeprefix('heldout.')} {v:.4f}" for name, v in measured.items()))
+
+    def save(self, done: int) -> None:
+        """A checkpoint of the state after ``done`` consumed batches."""
+        before = time.perf_counter()
+        tensors = {name: (layout, tensor) for name, layout, tensor in self.trainer.tensors()}
+        meta = {
+            "step": done,
+            "updates": self.trainer.optimizer.updates,
+            "health": self.trainer.health.state_dict(),
+            "data": self.stream.state_dict(),
+            "config": self.config.resolved(),
+            "plan": self.groups.plan.to_dict(),
+            "threads": torch.get_num_threads(),
+        }
+        files = {TOKENIZER: self.tokenizer} if self.tokenizer is not None else {}
+        handle = self.checkpoints.save(done, tensors, meta, self.groups.coords, self.attempt, files)
+        handle.wait()
+        self.checkpoints.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        took = time.perf_counter() - before
+        self._clock += took
+        self._say(f"checkpoint of step {done} in {took:.2f} s")
+
+    def _load(self, step: int) -> int:
+        """Load a checkpoint; with ``run.resume=auto`` a damaged one gives way to the newest that is good."""
+        trainer = self.trainer
+        layouts = {name: layout for name, layout, _ in trainer.tensors()}
+        into = {name: tensor for name, _, tensor in trainer.tensors()}
+        exact = None if self.config.run.resume == "auto" else step
+        _, self._resumed = self.checkpoints.load(exact, layouts, self.groups.coords, into)
+        if exact is not None:
+            self.checkpoints.abandon_after(exact)
+        trainer.optimizer.set_updates(int(self._resumed["updates"]))
+        trainer.health.load_state_dict(self._resumed["health"])
+        return int(self._resumed["step"])
+
+    def finish(self) -> None:
+        self._say(f"{self.config.run.name}: {self.config.run.steps} steps done")

@@ -1,0 +1,49 @@
+"""The README tells the truth: its files exist and its commands are commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.house.sources import HOME
+
+README = (HOME / "README.md").read_text()
+MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (HOME / "Makefile").read_text(), re.MULTILINE))
+
+
+def commands() -> list[list[str]]:
+    """Every line of the ``sh`` blocks, split as a shell would, comments left out."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [words for words in lines if words]
+
+
+def test_every_path_in_the_readme_exists() -> None:
+    named = {*re.findall(r"`(\w[\w./-]*/[\w.-]*)`", README), *re.findall(r"\]\(([^)#:]+)\)", README)}
+    missing = sorted(path for path in named if not (HOME / path).exists() and not path.startswith(("data/", "runs/")))
+    assert named and not missing, missing
+
+
+def test_the_reading_path_begins_with_the_step() -> None:
+    steps = re.findall(r"^\d+\. `([\w/]+\.py)`", README, re.MULTILINE)
+    assert steps and steps[0] == "pretrain/loop.py"
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_in_the_readme_is_one(words: list[str]) -> None:
+    match words:
+        case ["make", *arguments]:
+            assert {word for word in arguments if "=" not in word} <= MAKE_TARGETS
+        case ["stoker", *arguments]:
+            help_of = [sys.executable, "-m", "launch.cli", *arguments, "--help"]
+            done = subprocess.run(help_of, cwd=HOME, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+        case ["python" | "torchrun", *arguments] if "-m" in arguments:
+            assert find_spec(arguments[arguments.index("-m") + 1]) is not None
+        case _:
+            pytest.fail(f"nobody tests this command: {words}")

@@ -1,0 +1,123 @@
+"""Capabilities: what is refused is reviewed, and what is supported has a plan that the parity suite can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.planning import capabilities
+from parallel.planning.capabilities import (
+    APART,
+    TABLE,
+    features_of,
+    pairs,
+    refuse_unsupported,
+    refused,
+    smallest_plan,
+    status,
+)
+from parallel.planning.plan import ParallelPlan
+from stoker.errors import Refusal
+
+AXES = [row.name for row in TABLE.values() if row.kind == "axis" and row.status == "supported"]
+
+
+def reviewed() -> list[str]:
+    lines = (Path(capabilities.__file__).parent / "refused_pairs.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_p4_the_refused_list_is_the_reviewed_file() -> None:
+    assert refused() == reviewed()
+
+
+def test_p4_the_engine_supports_the_axes_of_the_promise() -> None:
+    promised = ("tp", "sp", "pp", "vpp", "ep", "etp", "dp", "zero1", "recompute_selective", "recompute_full")
+    assert set(AXES) == set(promised)
+    assert {row.name for row in TABLE.values() if row.kind == "precision" and row.status == "supported"} == {
+        "float64",
+        "float32",
+        "bfloat16",
+    }
+
+
+def test_p4_every_pair_of_supported_axes_is_run_or_refused_by_name() -> None:
+    run, apart = {frozenset(pair) for pair in pairs()}, {frozenset(pair) for pair in APART}
+    assert run | apart == {frozenset(pair) for pair in combinations(AXES, 2)}
+    assert not run & apart
+
+
+def test_p7_what_is_refused_says_why_and_what_to_use_instead() -> None:
+    for row in TABLE.values():
+        assert row.reason
+        assert bool(row.instead) == (row.status != "supported"), row.name
+
+
+def plan_for(features: Iterable[str], **options: Any) -> ParallelPlan:
+    return smallest_plan(features, num_layers=4, global_batch=12, has_experts=True, **options)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_p4_supported_axes_have_a_plan_of_at_most_eight_ranks_in_which_they_are_at_work(size: int) -> None:
+    for features in combinations(AXES, size):
+        if status(*features)[0] != "supported":
+            continue
+        plan = plan_for(features)
+        assert set(features) <= set(features_of(plan)), features
+        assert plan.world_size <= 2**size, features
+        assert plan.zero == ("zero1" in features)
+        refuse_unsupported(plan, "float64", has_experts=True)
+
+
+def test_p4_data_parallel_replicates_what_the_other_axis_shards() -> None:
+    plan = plan_for(("dp", "ep"))
+    assert (plan.world_size, plan.ep, plan.edp) == (4, 2, 2)
+    assert plan_for(("dp", "tp")).edp == 4  # expert replicas on tensor-parallel ranks: row 13 of the seam's table
+    assert plan_for(("ep", "etp")).world_size == 4
+    assert plan_for(("dp",), degree=3).world_size == 3
+    assert plan_for(("dp", "pp"), degree=3).world_size == 9
+
+
+def test_a_feature_brings_what_it_needs() -> None:
+    plan = plan_for(("vpp", "etp"))
+    assert (plan.pp, plan.vpp, plan.tp, plan.etp, plan.sequence_parallel) == (2, 2, 2, 2, True)
+    assert not smallest_plan(("tp",), num_layers=4, global_batch=12, has_experts=False).sequence_parallel
+
+
+def test_p7_no_plan_is_made_of_what_does_not_go_together() -> None:
+    with pytest.raises(Refusal, match="one recompute mode"):
+        plan_for(("recompute_full", "recompute_selective"))
+    with pytest.raises(Refusal, match=r"cp: planned, .*own issue"):
+        plan_for(("cp",))
+    with pytest.raises(Refusal, match="'fp8' is not a parallel axis"):
+        plan_for(("fp8",))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "axis cp is planned: .*own issue; use cp=1": (dict(cp=2), "float32", ()),
+    "precision fp8 is planned: .*dtype=bfloat16": ({}, "fp8", ()),
+    "precision 'float16' is not known: choose one of float64, float32, bfloat16": ({}, "float16", ()),
+    "schedule zero_bubble is model only": (dict(pp=2), "float32", ("zero_bubble",)),
+    "dispatcher deepep is planned: .*use dispatcher alltoall": (dict(ep=2), "bfloat16", ("deepep",)),
+    "feature 'zerobubble' is not known": ({}, "float32", ("zerobubble",)),
+    "etp=2 with tp=1 .*use etp=1$": (dict(etp=2), "float32", ()),
+    "etp=2 with tp=4 .*use etp=1 or etp=4": (dict(etp=2, tp=4, sequence_parallel=True), "float32", ()),
+    "tp=2 with expert layers needs sequence_parallel=true": (dict(tp=2), "float32", ()),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_p7_what_the_engine_cannot_run_is_refused_before_the_run(message: str) -> None:
+    degrees, dtype, others = REFUSED[message]
+    plan = ParallelPlan(8, 16, 1, num_layers=4, **degrees)
+    with pytest.raises(Refusal, match=message) as refused_with:
+        refuse_unsupported(plan, dtype, has_experts=True, others=others)
+    assert "\n" not in str(refused_with.value)
+
+
+def test_a_dense_model_may_split_tensors_without_sequence_parallel() -> None:
+    refuse_unsupported(ParallelPlan(8, 16, 1, num_layers=4, tp=2), "bfloat16", has_experts=False)
