@@ -67,7 +67,7 @@ def bigram(stores: Sequence[Store]) -> Baseline:
 
 
 def _count(stores: Sequence[Store], contexts: int) -> NDArray[np.int64]:
-    """[contexts, vocabulary] how often each target follows each context: the token before it, or 0 if there is but one."""
+    """[contexts, vocabulary] how often each target follows each context: the token before, or 0 if there is but one."""
     if len({store.tokenizer for store in stores}) != 1:
         raise Refusal("baseline: the stores must be made with one tokenizer")
     counts = np.zeros((contexts, stores[0].tokenizer.vocab_size), np.int64)

@@ -221,7 +221,7 @@ class ShardReader:
 @numba.njit(nogil=True, cache=True)
 def _touched(starts, ends, unit):  # type: ignore[no-untyped-def]
     """Numbers of the blocks of `unit` elements that the non-empty windows lie in, ascending, each once."""
-    numbers = [np.int64(0) for _ in range(0)]
+    numbers = [0 for _ in range(0)]  # typed and empty
     for row in range(len(starts)):
         if ends[row] > starts[row]:
             numbers.extend(range(starts[row] // unit, (ends[row] - 1) // unit + 1))

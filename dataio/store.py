@@ -34,7 +34,8 @@ from stoker.version import VERSION, code_commit
 
 FORMAT = "stoker.store"
 VERSION_READ = 1
-#: 128 KiB of uint16 per chunk and 64 MiB per shard: measured in reference/data.md, section 3c.
+#: 128 KiB of uint16: checking a chunk costs 17 microseconds, and zstd-3 gains little above it (2.37x there, 2.45x at
+#: 1 MiB; measured 2026-11 on web and code). A shard is 64 MiB: few files, and an index of 8 KiB.
 CHUNK_TOKENS = 65_536
 SHARD_CHUNKS = 512
 

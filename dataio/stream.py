@@ -62,7 +62,7 @@ class BlendedStream:
 
     def __init__(self, log: DataLog, stores: Mapping[str, Store]) -> None:
         """Refuses a store that is missing from `stores`, or is not the data or the tokenizer that the log names."""
-        names = dict.fromkeys(name for segment in log.segments for name in segment.blend)
+        names = dict.fromkeys(name for segment in log.segments for name in sorted(segment.blend))
         for segment in log.segments:
             for name, dataset_id in segment.datasets.items():
                 _require_data(log, name, dataset_id, stores.get(name))

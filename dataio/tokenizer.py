@@ -42,7 +42,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Open a tokenizer.json of the `tokenizers` library. Refuses one that is missing, damaged or has no end-of-text."""
+        """Open a tokenizer.json (`tokenizers` library). Refuses one that is missing, damaged or without end-of-text."""
         path = Path(path)
         try:
             content = path.read_bytes()
@@ -62,7 +62,7 @@ class Tokenizer:
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """(tokens of all documents one after another, tokens of each), end-of-text included; uint16 if ids fit, or uint32."""
+        """(tokens of all documents in a row: uint16 if ids fit, or uint32; tokens of each), end-of-text included."""
         dtype = np.uint16 if self.id.vocab_size <= 2**16 else np.uint32
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         documents = [np.array([*encoding.ids, self.id.eos_id], dtype) for encoding in encodings]
@@ -75,7 +75,7 @@ class Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
-    """Train on `texts`, write tokenizer.json to `path` and load it. The same texts in the same order give the same file.
+    """Train on `texts`, write tokenizer.json to `path` and load it. The same texts in order give the same file.
 
     Refuses texts too few for `vocab_size`.
     """

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,12 @@ def read_exit(attempt_path: Path) -> Exit | None:
         return None
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+        formats.require(value, "exit", 1, path)
+        return Exit(ExitClass(value["class"]), value["cause"], value["rank"])
+    except Refusal:
+        raise
+    except (KeyError, ValueError) as error:
         raise Refusal(f"{path} is damaged ({error}): delete it") from None
-    formats.require(value, "exit", 1, path)
-    return Exit(ExitClass(value["class"]), value["cause"], value["rank"])
 
 
 def environment() -> dict[str, Any]:
@@ -117,6 +120,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
 def lock_sha256() -> str:
     """Hash of the names and versions of everything installed: equal where the same lock file was installed."""
     lines = sorted({f"{found.name.lower()}=={found.version}" for found in metadata.distributions() if found.name})

@@ -46,6 +46,7 @@ from pretrain.spec import ModelSpec
 from pretrain.workload import workload_of
 from stoker import canonical, formats
 from stoker.errors import Refusal
+from stoker.secrets import mask
 
 FORMAT, VERSION = "config", 1
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -110,6 +111,12 @@ class RunConfig(Section):
         """``resolved`` as YAML; ``provenance`` (code commit, lock hash) is written beside it and not read back."""
         return dump_yaml({**self.resolved(), **({"provenance": provenance} if provenance else {})})
 
+    def masked(self) -> RunConfig:
+        """The configuration as it may be written down or sent away: a password inside a path is not."""
+        values = mask(self.resolved())
+        values["data"]["blend"] = {mask(path): weight for path, weight in values["data"]["blend"].items()}
+        return parse(values, self.run.name)
+
     def sha256(self) -> str:
         """Hash of the resolved configuration, equal for equal runs however they were written down."""
         return canonical.sha256(self.resolved())
@@ -126,6 +133,8 @@ def parse(values: Any, source: str = "configuration") -> RunConfig:
         config = RunConfig.model_validate_json(json.dumps(sections))
     except ValidationError as error:
         raise refusal(error, RunConfig, source) from None
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"{source}: not plain values: {error}") from None
     known = [key for key, key_class in keys(RunConfig) if key_class is KeyClass.TRAJECTORY]
     for key in config.run.allow_change:
         if not any(_covers(key, other) for other in known):

@@ -55,17 +55,14 @@ _Dumper.add_representer(
 
 def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML document. Refuses what is not YAML, naming ``source`` and the line."""
-    loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
         raise Refusal(f"{source} is not YAML: {where}{error.problem or error.context}") from None
     except (yaml.YAMLError, Refusal) as error:
-        raise Refusal(f"{source}: {error}") from None
-    finally:
-        loader.dispose()
+        raise Refusal(f"{source}: {' '.join(str(error).split())}") from None
 
 
 def dump_yaml(value: Mapping[str, Any]) -> str:

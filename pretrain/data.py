@@ -64,6 +64,21 @@ def read_tokenizer(config: RunConfig, stores: Mapping[str, Store]) -> bytes | No
     return None
 
 
+def validate_data(config: RunConfig) -> None:
+    """Refuse what would be refused once the run reads: its stores, its tokenizer, and the order of its windows."""
+    stores = open_stores(config)
+    read_tokenizer(config, stores)
+    BlendedStream(first_log(config, stores), stores)
+    if (config.run_dir / DATA_LOG).exists():
+        open_stream(config.run_dir, stores)
+
+
+def first_log(config: RunConfig, stores: Mapping[str, Store]) -> DataLog:
+    """The data log with which a new run begins."""
+    tokenizer = next(iter(stores.values())).tokenizer
+    return DataLog(config.run.seed, tokenizer, (segment_of(config, stores, 0),))
+
+
 def segment_of(config: RunConfig, stores: Mapping[str, Store], from_step: int) -> Segment:
     """What the configuration says of the data, as a segment of the log."""
     weights = {Store.open(path).source: weight for path, weight in config.data.blend.items()}
@@ -78,9 +93,8 @@ def keep_log(config: RunConfig, stores: Mapping[str, Store], run_dir: Path, from
     attempt, which ``run.allow_change`` has allowed.
     """
     path = run_dir / DATA_LOG
-    tokenizer = next(iter(stores.values())).tokenizer
     if not path.exists():
-        DataLog(config.run.seed, tokenizer, (segment_of(config, stores, 0),)).write(path)
+        first_log(config, stores).write(path)
         return
     log = DataLog.open(path)
     wanted = segment_of(config, stores, from_step)

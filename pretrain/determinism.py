@@ -24,4 +24,4 @@ def enter() -> None:
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     # Memory is overwritten before it is read in everything that trains; filling it first would cost time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

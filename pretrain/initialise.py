@@ -23,7 +23,11 @@ CUT = 3.0
 
 
 def initialise(
-    spec: ModelSpec, tensors: Mapping[str, torch.Tensor], layouts: Mapping[str, Layout], coords: dict[str, int], seed: int
+    spec: ModelSpec,
+    tensors: Mapping[str, torch.Tensor],
+    layouts: Mapping[str, Layout],
+    coords: dict[str, int],
+    seed: int,
 ) -> None:
     """Fill this rank's tensors in place; padding of an allocation is zero."""
     parameters = spec.parameters()

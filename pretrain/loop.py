@@ -48,7 +48,7 @@ def train(session: Session) -> Exit:
             measured = session.evaluate() if session.due(done, session.config.eval.every) or done == steps else {}
             session.record(plan, report, verdict, lr, measured)
             if session.due(done, session.config.checkpoint.every) or ends:
-                session.save(done)
+                session.save(done, must=ends)
             if verdict == "stop":
                 return Exit(ExitClass.STOPPED, f"step {step}: {session.trainer.health.describe()}", None)
             if report.preempted and done < steps:

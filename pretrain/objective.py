@@ -63,9 +63,10 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         probabilities, local, mine = ctx.saved_tensors
-        gradient = probabilities.clone()
+        gradient = probabilities
         if gradient.shape[1]:
-            gradient.scatter_add_(1, local[:, None], -mine.to(gradient.dtype)[:, None])
+            at_target = gradient.gather(1, local[:, None]) - mine[:, None].to(gradient.dtype)
+            gradient = gradient.scatter(1, local[:, None], at_target)
         return gradient * gradients[0][:, None], None, None, None
 
 

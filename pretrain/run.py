@@ -10,13 +10,13 @@ import datetime
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain.attempt import ExitClass, record_exit
 from pretrain.config import RunConfig, load
-from pretrain.data import open_stores
+from pretrain.data import validate_data
 from pretrain.rundir import Attempt, Start, attempt_path, begin, inspect
 from stoker.errors import Refusal
 from stoker.guard import require_own_rooms
@@ -41,6 +41,14 @@ class World:
         return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0))
 
 
+def _announce(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    return None
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run a configuration on this rank; returns the exit code of DESIGN section 8."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -58,19 +66,12 @@ def main(arguments: Sequence[str]) -> int:
     return _attempt(config, world, start)
 
 
-def validate(config: RunConfig, world: World) -> Start | None:
-    """Everything that can be refused before ranks meet. Rank 0 also says how the run would start."""
-    config.plan(world.size, announce=_announce if world.rank == 0 else _silent)
-    open_stores(config)
+def validate(config: RunConfig, world: World, announce: Callable[[str], None] = _announce) -> Start | None:
+    """Everything that can be refused before ranks meet. Rank 0 also says how the run would start, and ``announce`` is
+    told what the configuration left open."""
+    config.plan(world.size, announce=announce if world.rank == 0 else _silent)
+    validate_data(config)
     return inspect(config) if world.rank == 0 else None
-
-
-def _announce(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    return None
 
 
 def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
@@ -110,7 +111,7 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
 
 
 def _join(world: World, config: RunConfig) -> None:
-    """Form the process group: NCCL with a gloo twin on CUDA, gloo on the CPU, and no rendezvous for a single process."""
+    """Form the process group: NCCL on CUDA, gloo on the CPU; a single process needs no rendezvous."""
     import torch
     import torch.distributed as dist
 

@@ -6,8 +6,10 @@ writer, rank 0, but ``exit.json``: there the first rank that knows why the attem
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -23,12 +25,13 @@ from pretrain.config_yaml import parse_yaml
 from stoker import canonical, formats
 from stoker.errors import Refusal
 from stoker.files import write_atomic
-from stoker.secrets import mask
 from stoker.version import code_commit
 
 FORMAT, VERSION = "run", 1
 STAMP, CONFIG, PLAN, LOCK = "format.json", "config.yaml", "plan.json", ".lock"
 CHECKPOINTS, ATTEMPTS = "checkpoints", "attempts"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ def inspect(config: RunConfig, committed: Sequence[int] | None = None) -> Start:
             f"{root} holds files and no readable {STAMP}: it is no run directory. Choose another run.name or run.dir"
         ) from None
     formats.require(stamp, FORMAT, VERSION, root / STAMP)
-    _refuse_in_use(root)
+    refuse_in_use(root)
     changes: list[Change] = []
     if (root / CONFIG).exists():
-        changes = allowed_changes(_read_config(root / CONFIG), _masked(config))
+        changes = allowed_changes(_read_config(root / CONFIG), config.masked())
     steps = committed_steps(root) if committed is None else committed
     return Start(root, max(attempts(root), default=0) + 1, _resume_step(config, steps), tuple(changes))
 
@@ -106,7 +109,7 @@ def begin(start: Start, config: RunConfig, plan: ParallelPlan, predictions: Mapp
     except FileExistsError:
         lock.close()
         raise Refusal(f"{attempt.path} was begun by another launch: start again") from None
-    config = _masked(config)
+    config = config.masked()
     layout = {"plan": plan.to_dict(), "predictions": dict(predictions or {})}
     started = {"resume_step": start.resume_step, "changes": [[c.key, c.old, c.new] for c in start.changes]}
     write_atomic(attempt.path / CONFIG, config.to_yaml(code_commit=code_commit(), lock_sha256=lock_sha256()))
@@ -167,7 +170,8 @@ def _refuse_unwritable(root: Path) -> None:
         raise Refusal(f"run directory {root}: {existing} cannot be written. Choose another run.dir, or its permissions")
 
 
-def _refuse_in_use(root: Path) -> None:
+def refuse_in_use(root: Path) -> None:
+    """Raise Refusal where another launch holds the directory."""
     if (root / LOCK).exists():
         with open(root / LOCK, encoding="utf-8") as file:
             _take(file, fcntl.LOCK_SH, root)
@@ -192,12 +196,11 @@ def _take(file: IO[str], kind: int, root: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         raise Refusal(f"{root} is in use by {file.read()}: wait for it, or choose another run.name") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        _log.warning("%s: this file system has no locks (%s): a second launch at once is not noticed", root, error)
 
 
 def _read_config(path: Path) -> RunConfig:
     return parse(parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
-
-
-def _masked(config: RunConfig) -> RunConfig:
-    """The configuration as it may be written down: a password inside a path is not."""
-    return parse(mask(config.resolved()), config.run.name)

@@ -1,4 +1,4 @@
-"""What surrounds the step on one rank: data, checkpoints, evaluation, events. ``loop.py`` says when each has its turn."""
+"""What surrounds the step on one rank: data, checkpoints, evaluation, events. ``loop.py`` gives each its turn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,9 +68,7 @@ class Session:
         self._clock = time.perf_counter()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gc.enable()
         gc.unfreeze()
@@ -129,8 +126,9 @@ class Session:
             return
         before, self._log_size = self.stream.log, int(size)
         stream = open_stream(self.root, self.stores)
-        late = [segment.from_step for segment in stream.log.segments[len(before.segments) :] if segment.from_step < step]
-        if late or stream.log.segments[: len(before.segments)] != before.segments:
+        segments, known = stream.log.segments, len(before.segments)
+        late = [segment.from_step for segment in segments[known:] if segment.from_step < step]
+        if late or segments[:known] != before.segments:
             raise Refusal(
                 f"{self.root / DATA_LOG}: the log was changed for step {min(late, default=0)}, which has begun "
                 f"(the next is {step}); a segment can hold from step {step} at the earliest"
@@ -171,10 +169,15 @@ class Session:
             )
         )
         if measured:
-            self._say("held out: " + ", ".join(f"{name.removeprefix('heldout.')} {v:.4f}" for name, v in measured.items()))
+            figures = (f"{name.removeprefix('heldout.')} {value:.4f}" for name, value in measured.items())
+            self._say("held out: " + ", ".join(figures))
 
-    def save(self, done: int) -> None:
-        """A checkpoint of the state after ``done`` consumed batches."""
+    def save(self, done: int, must: bool = False) -> None:
+        """A checkpoint of the state after ``done`` consumed batches.
+
+        A disk that fails is said and training goes on, with the checkpoints that were there; ``must``: the run ends
+        here, and what cannot be saved would be lost, so that is an error.
+        """
         before = time.perf_counter()
         tensors = {name: (layout, tensor) for name, layout, tensor in self.trainer.tensors()}
         meta = {
@@ -182,17 +185,20 @@ class Session:
             "updates": self.trainer.optimizer.updates,
             "health": self.trainer.health.state_dict(),
             "data": self.stream.state_dict(),
-            "config": self.config.resolved(),
+            "config": self.config.masked().resolved(),
             "plan": self.groups.plan.to_dict(),
             "threads": torch.get_num_threads(),
         }
         files = {TOKENIZER: self.tokenizer} if self.tokenizer is not None else {}
         handle = self.checkpoints.save(done, tensors, meta, self.groups.coords, self.attempt, files)
-        handle.wait()
-        self.checkpoints.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        if must:
+            handle.wait()
+        if handle.error is None:
+            self.checkpoints.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
         took = time.perf_counter() - before
         self._clock += took
-        self._say(f"checkpoint of step {done} in {took:.2f} s")
+        outcome = f"in {took:.2f} s" if handle.error is None else f"FAILED, nothing of it is kept: {handle.error}"
+        self._say(f"checkpoint of step {done} {outcome}")
 
     def _load(self, step: int) -> int:
         """Load a checkpoint; with ``run.resume=auto`` a damaged one gives way to the newest that is good."""

@@ -158,7 +158,7 @@ class WandbSink:
                 name=f"{config.run.name}-{attempt:04d}",
                 dir=str(run_dir),
                 mode=mode,
-                config=mask(config.resolved()),
+                config=config.masked().resolved(),
                 settings=wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields}),
             )
         except Exception as error:

@@ -66,8 +66,10 @@ class Parameter:
 class GatedDelta:
     """Gated delta rule with a scalar decay per value head (Gated DeltaNet, arXiv 2412.06464).
 
-    A short causal convolution of ``conv_width`` taps and SiLU on q, k and v; q and k L2-normalised per head; grouped
-    heads: value head h reads query/key head ``h // (num_v_heads // num_qk_heads)``; output through a gated RMSNorm.
+    A short causal convolution of ``conv_width`` taps (the last tap is the current token) and SiLU on q, k and v; q and
+    k divided by sqrt(their squared norm + 1e-6) per head, q also by sqrt(key_dim). Per token the state decays, is
+    corrected by beta * (v - S^T k), written, then read. Grouped heads: value head h reads query/key head
+    ``h // (num_v_heads // num_qk_heads)``. The output goes through RMSNorm * weight * silu(z) per head.
     """
 
     num_qk_heads: int
@@ -87,8 +89,9 @@ class GatedDelta:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal softmax attention, grouped-query. ``rope_fraction`` of each head's dims is rotated (the first ones, by
-    halves); ``qk_norm`` is RMSNorm over the head dim before RoPE; ``output_gate`` multiplies by sigmoid(gate(x))."""
+    """Causal softmax attention, grouped-query: query head h reads key/value head ``h // (num_heads // num_kv_heads)``.
+    The first ``round(head_dim * rope_fraction)`` dims of each head are rotated, by halves; ``qk_norm`` is RMSNorm over
+    the head dim before RoPE; ``output_gate`` multiplies by sigmoid(gate(x))."""
 
     num_heads: int
     num_kv_heads: int
@@ -101,9 +104,7 @@ class Attention:
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "rope_theta")
         if self.num_heads % self.num_kv_heads:
-            raise Refusal(
-                f"attention.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-            )
+            raise Refusal(f"attention.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if not 0.0 <= self.rope_fraction <= 1.0 or self.rope_dim % 2:
             raise Refusal(
                 f"attention.rope_fraction={self.rope_fraction} of head_dim={self.head_dim} gives {self.rope_dim} "
@@ -236,10 +237,12 @@ class ModelSpec:
             return
         HK, HV = mixer.num_qk_heads * mixer.key_dim, mixer.num_v_heads * mixer.value_dim
         bound = 1.0 / math.sqrt(mixer.conv_width)
-        for field, rows in (("q", HK), ("k", HK), ("v", HV), ("z", HV), ("b", mixer.num_v_heads), ("a", mixer.num_v_heads)):
+        heads = mixer.num_v_heads
+        for field, rows in (("q", HK), ("k", HK), ("v", HV), ("z", HV), ("b", heads), ("a", heads)):
             yield f"{field}.weight", self._matrix(rows, D)
+        taps = Init("uniform", -bound, bound)
         for field, rows in (("q_conv", HK), ("k_conv", HK), ("v_conv", HV)):
-            yield f"{field}.weight", Parameter((rows, mixer.conv_width), "param", "conv", Init("uniform", -bound, bound))
+            yield f"{field}.weight", Parameter((rows, mixer.conv_width), "param", "conv", taps)
         # Decay e^g with g = -exp(A_log) * softplus(a(x) + dt_bias); ranges of Mamba-2 (arXiv 2405.21060, section 7).
         yield "A_log", Parameter((mixer.num_v_heads,), "high", "decay", Init("log_uniform", 1.0, 16.0))
         yield "dt_bias", Parameter((mixer.num_v_heads,), "high", "decay", Init("inverse_softplus", 1e-3, 1e-1))

@@ -24,7 +24,7 @@ from pretrain.health import Health, StepReport
 from pretrain.initialise import initialise
 from pretrain.model.batch import MicroBatch
 from pretrain.model.build import high
-from pretrain.model.chunk import build_chunks
+from pretrain.model.chunk import build_chunks, named_tensors
 from pretrain.model.router import Router, update_router
 from pretrain.model.sharding import layouts as layouts_of
 from pretrain.objective import Normalisers
@@ -43,12 +43,11 @@ class Trainer:
         self.layouts = layouts_of(spec, groups.plan)
         config = megatron_config(groups, spec.width, len(spec.layers), self.dtype)
         chunks, builds = build_chunks(spec, groups, self.dtype, self.device, config)
-        self.state = {name: tensor for build in builds for name, tensor in build.state.items()}
         parameters = [build.parameters for build in builds]
-        for named in (*parameters, self.state):
-            initialise(spec, named, self.layouts, groups.coords, seed)
+        initialise(spec, named_tensors(builds), self.layouts, groups.coords, seed)
         self.chunks = chunks
         self.parameters = {name: tensor for named in parameters for name, tensor in named.items()}
+        self.state = {name: tensor for build in builds for name, tensor in build.state.items()}
         self.replicas = Replicas(chunks, parameters, self.layouts, groups, config, high(self.dtype))
         self.pipeline = Pipeline(self.replicas.chunks, groups, config)
         self.optimizer = AdamW(self.replicas.shards, spec.parameters(), train.optimizer)
@@ -133,8 +132,9 @@ class Trainer:
         yield from self.optimizer.tensors()
 
     def state_hash(self) -> str:
-        """SHA-256 of everything that a step may change on this rank."""
-        digest = hashlib.sha256(repr((self.optimizer.updates, self.health.state_dict())).encode())
+        """SHA-256 of everything that an applied step may change on this rank; a skipped one changes nothing of it. What
+        skipping itself records is ``health``'s, and not part of it."""
+        digest = hashlib.sha256(repr(self.optimizer.updates).encode())
         for name, _, tensor in sorted(self.tensors(), key=lambda item: item[0]):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

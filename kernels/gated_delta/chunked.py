@@ -10,7 +10,8 @@ N = (Z K^T) * [D; D below the diagonal], the prediction error e of every token (
     S1 = e^(G_C) S0 + sum_i e^(G_C - G_i) beta_i k_i e_i^T
 
 T = (I + N_k diag(beta))^-1 by forward substitution gives e = T V - w S0 with w = T e^G K: everything but S0 is
-known for all chunks at once and the scan is two products a chunk. Backward, with y the cotangent of e through o and S1::
+known for all chunks at once and the scan is two products a chunk. Backward, y being the cotangent of e through o and
+S1::
 
     y = diag(beta) (N_q^T dO + e^(G_C - G) K dS1)      dS0 = e^(G_C) dS1 + (e^G sQ)^T dO - w^T y      dV = T^T y
 
@@ -18,8 +19,10 @@ and with the stacked cotangent dY = [dO; -dV] all remaining gradients are those 
 keys K, and values diag(beta) e. (WY form of Gated DeltaNet, arXiv 2412.06464 section 3.3; solved for e instead of
 beta e, so that the gradient of beta needs no division.)
 
-Every exponent that is used is <= 0 for g <= 0. Sums of g are held in float64: a float32 sum of a chunk with one decay of
--1000 would lose 4 digits of every later ratio.
+Every exponent that is used is <= 0 for g <= 0. Sums of g are held in float64: a float32 sum of a chunk with one decay
+of -1000 would lose 4 digits of every later ratio. The gradient of g_j adds what crosses token j (pairs
+r >= j > i, reads of S0 from j on, writes to S1 before j) instead of subtracting two sums of all pairs: it stays exact
+when it is tiny.
 
 The chunks are worked through in groups of scan steps whose C x C matrices fit the cache (products, scan and output of a
 group before the next is touched), so temporaries do not grow with the number of tokens.
@@ -36,10 +39,10 @@ from torch import Tensor
 from kernels.gated_delta.chunks import ChunkTable, Group, chunk_table, max_chunks
 from kernels.precision import compute_dtype
 
-#: Tokens of a chunk.
+#: Tokens of a chunk. On CPU 32 is as fast and 64 keeps half the states.
 CHUNK = 64
-#: Elements of the C x C matrices of one group.
-GROUP_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
+#: Elements of one group's C x C matrices: 1 MiB of float32 where a cache is to hold them, more where launches cost.
+GROUP_ELEMENTS_CPU, GROUP_ELEMENTS_GPU = 1 << 18, 1 << 26
 
 
 def workspace_shapes(
@@ -54,7 +57,8 @@ def workspace_shapes(
 
 
 def _table(cu_seqlens: Tensor, v: Tensor) -> ChunkTable:
-    group_chunks = GROUP_ELEMENTS[v.device.type] // (v.shape[1] * CHUNK * CHUNK)
+    elements = GROUP_ELEMENTS_CPU if v.device.type == "cpu" else GROUP_ELEMENTS_GPU
+    group_chunks = elements // (v.shape[1] * CHUNK * CHUNK)
     return chunk_table(cu_seqlens, v.shape[0], CHUNK, group_chunks)
 
 
@@ -136,14 +140,15 @@ def forward(
             buffer[table.num_chunks :] = 0.0
     else:
         workspace = [buffer.new_empty(0) for buffer in workspace]
-    return o, final.index_select(0, table.segment_rank), *workspace
+    states, e, T = workspace
+    return o, final.index_select(0, table.segment_rank), states, e, T
 
 
 def _scan_states(
     group: Group, live: Tensor, states: Tensor, e: Tensor, w: Tensor, write: Tensor, whole: Tensor, final: Tensor
 ) -> Tensor:
-    """Fills ``states`` with every chunk's entering state, turns ``e`` from T V into T V - w S0, stores the states of the
-    segments that end in ``final``. ``live``: states entering the group; returns those entering the next."""
+    """Fills ``states`` with every chunk's entering state, turns ``e`` from T V into T V - w S0, stores in ``final`` the
+    states of the segments that end. ``live``: states entering the group; returns those entering the next."""
     for start, count, survivors in group.steps:
         at = slice(start, start + count)
         states[at] = live
@@ -192,8 +197,7 @@ def _backward_group(
     """Cotangent of the states entering the group, then of scaled q, k, v, g and beta, [X, heads, C, ...].
 
     ``dlive``: cotangent of the states that leave the group alive; ``dends`` of the final states, by segment rank."""
-    X, Hk, R, C, _ = chunks.shape
-    Hv, V = e.shape[1], e.shape[3]
+    X, Hv, C, V = e.shape
     beta, from_start, to_end = chunks.beta, chunks.from_start.unsqueeze(-1), chunks.to_end.unsqueeze(-1)
 
     dY = e.new_empty(X, Hv, 2, C, V)
@@ -210,9 +214,10 @@ def _backward_group(
     # Inside the chunk: dN without its factor beta, whose column sums against N are beta's own gradient.
     dN = (dY.flatten(2, 3) @ e.mT).view(X, Hv, 2, C, C)
     dN[:, :, 1].diagonal(dim1=-2, dim2=-1).zero_()
-    pairs = dN * chunks.N
-    dbeta = pairs.sum((2, 3))
-    dG = (pairs.flatten(2, 3) @ beta.unsqueeze(-1)).view(X, Hv, 2, C).sum(2) - dbeta * beta
+    pairs = (dN * chunks.N).sum(2)
+    dbeta = pairs.sum(-2)
+    from_here_on = torch.ones(C, C, dtype=e.dtype, device=e.device).triu_()
+    dg = ((from_here_on @ pairs).tril_(-1) @ beta.unsqueeze(-1)).squeeze(-1)
     dN *= (chunks.D * beta.unsqueeze(-2)).unsqueeze(2)
     F = chunks.grouped(dN).sum(2).flatten(2, 3)
     dZ = (F @ chunks.k).view_as(chunks.Z)
@@ -220,19 +225,17 @@ def _backward_group(
 
     # Through the entering state.
     dread = (dY.flatten(2, 3) @ states.mT).view(X, Hv, 2, C, -1).mul_(from_start.unsqueeze(2))
-    dG += (chunks.grouped(dread) * chunks.Z.unsqueeze(2)).sum(-1).flatten(1, 2).sum(2)
+    along_z = (chunks.grouped(dread) * chunks.Z.unsqueeze(2)).sum(-1).flatten(1, 2).sum(2)
+    dg += along_z.flip(-1).cumsum(-1).flip(-1)
     dZ += chunks.grouped(dread).sum(2)
 
     # Through the leaving state.
     dwrite = (e @ dleaving.mT).mul_(to_end)
     along_k = (chunks.grouped(dwrite) * chunks.k.unsqueeze(2)).sum(-1).flatten(1, 2)
     dbeta += along_k
-    along_k *= beta
-    dG -= along_k
-    dG[..., -1] += along_k.sum(-1) + (dleaving * states).sum((-2, -1)) * chunks.from_start[..., -1]
+    dg[..., 1:] += (along_k * beta).cumsum(-1)[..., :-1]
+    dg += (dleaving * states).sum((-2, -1)).unsqueeze(-1) * chunks.whole.squeeze(-1)
     dk += chunks.grouped(dwrite.mul_(beta.unsqueeze(-1))).sum(2)
-
-    dg = dG.flip(-1).cumsum(-1).flip(-1)
     return dlive, dZ[:, :, 0], dk.add_(dZ[:, :, 1]), dv, dg, dbeta
 
 
@@ -247,8 +250,8 @@ def _scan_cotangents(
     write: Tensor,
     whole: Tensor,
 ) -> Tensor:
-    """The scan backwards: turns ``dstates`` and ``y`` from their parts through o into the whole, fills ``dleaving`` with
-    the cotangents of every chunk's leaving state, returns those of the states entering the group."""
+    """The scan backwards: turns ``dstates`` and ``y`` from their parts through o into the whole, fills ``dleaving``
+    with the cotangents of every chunk's leaving state, returns those of the states entering the group."""
     for start, count, survivors in reversed(group.steps):
         at = slice(start, start + count)
         dS1, dS0, cotangent = dleaving[at], dstates[at], y[at].flatten(0, 1)

@@ -29,7 +29,7 @@ class Group:
 
     ``chunks``: their range in the whole table. ``steps``: (first chunk of the step within the group, segments alive,
     segments alive at the next step). ``tokens`` int64 [n * size]: the token in each slot, 0 where the slot is padding.
-    ``filled``, ``padding`` int64: the slots that hold a token and those that do not. ``span``: the range of tokens, where
+    ``filled``, ``padding`` int64: the slots that hold a token and those that do not. ``span``: the range of tokens, if
     the slots are consecutive tokens without padding.
     """
 

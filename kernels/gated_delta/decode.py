@@ -21,9 +21,7 @@ def gated_delta_step(
     scale = K**-0.5 if scale is None else scale
     k_ = k.to(dtype).unsqueeze(2)
     S = state.to(dtype).view(B, Hk, Hv // Hk, K, V) * g.to(dtype).exp().view(B, Hk, -1, 1, 1)
-    written = beta.to(dtype).view(B, Hk, -1, 1) * (
-        v.to(dtype).view(B, Hk, -1, V) - (k_.unsqueeze(-2) @ S).squeeze(-2)
-    )
+    written = beta.to(dtype).view(B, Hk, -1, 1) * (v.to(dtype).view(B, Hk, -1, V) - (k_.unsqueeze(-2) @ S).squeeze(-2))
     S.addcmul_(k_.unsqueeze(-1), written.unsqueeze(-2))
     state.copy_(S.view_as(state))
     return ((q.to(dtype) * scale).view(B, Hk, 1, 1, K) @ S).view(B, Hv, V).to(v.dtype)

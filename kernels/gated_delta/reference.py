@@ -10,6 +10,8 @@ Shapes: ``N`` packed tokens, ``S`` segments, ``Hk``/``Hv`` query-key/value heads
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def gated_delta_reference(
 
     bounds = cu_seqlens.tolist()
     outputs, final_states = [], []
-    for segment, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for segment, (start, stop) in enumerate(pairwise(bounds)):
         if initial_state is None:
             state = q_.new_zeros(num_v_heads, key_dim, value_dim)
         else:

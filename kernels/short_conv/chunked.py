@@ -10,6 +10,7 @@ Against ``torch.nn.functional.conv1d`` (depthwise, channels-first) on one thread
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,6 +65,6 @@ def _blocks(cu_seqlens: Tensor, x: Tensor) -> Iterator[tuple[int, int, int]]:
     num_tokens, num_channels = x.shape
     bounds = segment_bounds(tuple(cu_seqlens.tolist()), num_tokens).tolist()
     rows = max(1, BLOCK // max(1, num_channels))
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         for lo in range(start, stop, rows):
             yield start, lo, min(lo + rows, stop)

@@ -1,11 +1,13 @@
 """The short convolution, tap by tap: the definition.
 
-``y_t = silu(sum_j weight[:, W-1-j] * x_{t-j})`` over ``0 <= j < W`` with ``t-j`` in the segment of ``t``: the last column
-of the weight meets the current token, as in ``torch.nn.Conv1d`` with ``W - 1`` zeros on the left of every segment.
+``y_t = silu(sum_j weight[:, W-1-j] * x_{t-j})`` over ``0 <= j < W`` with ``t-j`` in the segment of ``t``: the last
+column of the weight meets the current token, as in ``torch.nn.Conv1d`` with ``W - 1`` zeros left of every segment.
 Shapes: ``N`` packed tokens, ``C`` channels, ``W`` taps, ``S`` segments.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def short_conv_reference(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tenso
     width = weight.shape[1]
     bounds = cu_seqlens.tolist()
     rows = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         for t in range(start, stop):
             first = max(start, t - width + 1)
             rows.append((x_[first : t + 1] * weight_[:, width - (t + 1 - first) :].T).sum(0))

@@ -115,6 +115,8 @@ def quieten() -> None:
     """Keep Megatron's import from printing a dozen lines about optional packages: `stoker doctor` says it once."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(Apex|Transformer ?Engine|transformer_engine).*")
+    # torch 2.13 renamed collectives that Megatron-core calls by their older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

@@ -41,9 +41,7 @@ _ROWS = (
     Capability("pp", "axis", "supported", "1F1B; uneven stages"),
     Capability("vpp", "axis", "supported", "interleaved 1F1B with unbatched point-to-point messages", ("pp",)),
     Capability("ep", "axis", "supported", "whole experts over ranks, tokens exchanged all to all"),
-    Capability(
-        "etp", "axis", "supported", "each expert's hidden dim over the tensor-parallel ranks: etp = tp", ("tp",)
-    ),
+    Capability("etp", "axis", "supported", "each expert's hidden dim over ranks, whatever tp is"),
     Capability("recompute_selective", "axis", "supported", "backward runs the mixer again, bit-equal to none"),
     Capability("recompute_full", "axis", "supported", "a layer keeps its input only, bit-equal to none"),
     Capability("cp", "axis", "planned", "context parallelism waits until its own issue", instead="cp=1"),
@@ -97,7 +95,7 @@ def refused() -> list[str]:
 
 
 def smallest_plan(
-    features: Iterable[str], *, num_layers: int, global_batch: int, has_experts: bool, degree: int = 2
+    features: Iterable[str], *, num_layers: int, global_batch: int, degree: int = 2
 ) -> ParallelPlan:
     """The smallest plan in which all of ``features`` (axes, with what they need) are at work at ``degree``.
 
@@ -105,8 +103,6 @@ def smallest_plan(
     optimizer is sharded only where ``zero1`` asks. Raises Refusal where the features are not supported together.
     """
     used = _with_needs(features)
-    if has_experts and "tp" in used:
-        used.add("sp")
     found, reason = status(*sorted(used))
     if found != "supported":
         raise Refusal(f"{', '.join(sorted(used))}: {found}, {reason}")
@@ -158,15 +154,9 @@ def refuse_unsupported(plan: ParallelPlan, dtype: str, *, has_experts: bool, oth
     found, reason = status(*used)
     if found != "supported":
         raise Refusal(reason)
-    if plan.etp not in (1, plan.tp):
-        either = "etp=1" if plan.tp == 1 else f"etp=1 or etp={plan.tp}"
-        raise Refusal(
-            f"etp={plan.etp} with tp={plan.tp} is planned: experts are whole (etp=1) or cut over the tensor-parallel "
-            f"ranks (etp=tp); use {either}"
-        )
-    # Without it every tensor-parallel rank would route the same tokens; Megatron's MoELayer refuses that too.
-    if has_experts and plan.tp > 1 and not plan.sequence_parallel:
-        raise Refusal(f"tp={plan.tp} with expert layers needs sequence_parallel=true: set it, or tp=1")
+    for axis in ("ep", "etp"):
+        if plan.degree(axis) > 1 and not has_experts:
+            raise Refusal(f"{axis}={plan.degree(axis)} shards experts and the model has none: use {axis}=1")
 
 
 def _with_needs(features: Iterable[str]) -> set[str]:

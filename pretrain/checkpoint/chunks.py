@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -47,7 +48,7 @@ class Grid:
                 return cls(shape, (*(1 for _ in shape[:dim]), _ceil(size, runs), *shape[dim + 1 :]))
         return cls(shape, ())
 
-    @property
+    @cached_property
     def counts(self) -> Shape:
         """Chunks along each dim."""
         return tuple(_ceil(size, chunk) for size, chunk in zip(self.shape, self.chunk, strict=True))
@@ -63,7 +64,11 @@ class Grid:
 
     def index(self, number: int) -> Shape:
         """Position of a chunk along each dim."""
-        return tuple(int(i) for i in np.unravel_index(number, self.counts)) if self.shape else ()
+        index: list[int] = []
+        for count in reversed(self.counts):
+            number, i = divmod(number, count)
+            index.append(i)
+        return tuple(reversed(index))
 
     def box(self, number: int) -> tuple[Shape, Shape]:
         """The global box (start, stop) that a chunk covers, its filling left out."""

@@ -4,7 +4,7 @@
 
     step_00000100               committed: renamed here only when every byte of it is durable, never written to again
     step_00000200.tmp.0003      attempt 3 is writing it
-    step_00000200.superseded    the older state of a step that is being saved again
+    step_00000200.superseded    the older state of a step that is saved again; it counts until the new one is there
     step_00000300.quarantined   damaged; kept for whoever wants to know why
     step_00000400.abandoned     of a future that the run went back from
     latest                      link to the newest committed step, for people; nothing here reads it
@@ -27,14 +27,24 @@ from stoker.errors import Refusal
 from stoker.files import sync_directory, write_atomic
 from stoker.formats import require, stamp
 
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_(\d{8,})(\.superseded)?")
 _WORKING = re.compile(r"step_\d{8,}\.tmp\.(\d{4,})")
-_SUPERSEDED = re.compile(r"(step_\d{8,})\.superseded")
 _ATTEMPT, _ATTEMPT_FORMAT = "attempt.json", "stoker-checkpoint-attempt"
 
 
-def path(root: Path, step: int) -> Path:
+def final(root: Path, step: int) -> Path:
+    """The name under which a step is committed."""
     return root / f"step_{step:08d}"
+
+
+def path(root: Path, step: int) -> Path:
+    """Where a step is to be read: its final name, or its older state if a crash came between two renames."""
+    committed, superseded = final(root, step), _superseded(root, step)
+    return superseded if not committed.exists() and superseded.exists() else committed
+
+
+def _superseded(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}.superseded"
 
 
 def working(root: Path, step: int, attempt: int) -> Path:
@@ -43,10 +53,10 @@ def working(root: Path, step: int, attempt: int) -> Path:
 
 
 def found(root: Path) -> list[int]:
-    """Steps that have a folder under their final name, ascending; COMMIT may be missing from a damaged one."""
+    """Steps that have a folder to be read, ascending; COMMIT may be missing from a damaged one."""
     if not root.is_dir():
         return []
-    return sorted(int(match[1]) for entry in os.scandir(root) if (match := _STEP.fullmatch(entry.name)))
+    return sorted({int(match[1]) for entry in os.scandir(root) if (match := _STEP.fullmatch(entry.name))})
 
 
 def committed(root: Path) -> list[int]:
@@ -85,7 +95,7 @@ def refuse_fenced(root: Path, attempt: int) -> None:
 def begin(root: Path, step: int, attempt: int) -> Path:
     """Make the empty folder in which an attempt writes a step; clears what earlier saves left half-written."""
     fence(root, attempt)
-    heal(root)
+    _heal(root)
     for entry in list(os.scandir(root)):
         if (match := _WORKING.fullmatch(entry.name)) and int(match[1]) <= attempt:
             # A writer of an older attempt that still lives may add a file meanwhile; it can do no more than that.
@@ -95,26 +105,25 @@ def begin(root: Path, step: int, attempt: int) -> Path:
     return folder
 
 
-def heal(root: Path) -> None:
+def _heal(root: Path) -> None:
     """Finish or undo what a crash in ``commit`` left: a superseded folder whose successor did not arrive comes back."""
-    for entry in list(os.scandir(root)):
-        if match := _SUPERSEDED.fullmatch(entry.name):
-            if (root / match[1]).exists():
-                shutil.rmtree(entry.path)
+    for step in found(root):
+        if (superseded := _superseded(root, step)).exists():
+            if final(root, step).exists():
+                shutil.rmtree(superseded)
             else:
-                os.rename(entry.path, root / match[1])
+                os.rename(superseded, final(root, step))
                 sync_directory(root)
 
 
 def commit(root: Path, step: int, attempt: int) -> None:
     """Give a folder, every file of which is durable, its final name. A state of this step that is there gives way."""
-    source, final = working(root, step, attempt), path(root, step)
+    source, superseded = working(root, step, attempt), _superseded(root, step)
     sync_directory(source)
     refuse_fenced(root, attempt)
-    superseded = final.with_name(f"{final.name}.superseded")
-    if final.exists():
-        os.rename(final, superseded)
-    os.rename(source, final)
+    if final(root, step).exists():
+        os.rename(final(root, step), superseded)
+    os.rename(source, final(root, step))
     sync_directory(root)
     link_latest(root)
     if superseded.exists():
@@ -123,12 +132,11 @@ def commit(root: Path, step: int, attempt: int) -> None:
 
 def set_aside(root: Path, step: int, why: str) -> Path:
     """Rename a step's folder to ``<name>.<why>`` (``.2`` and on if that is taken); nothing is deleted."""
-    final = path(root, step)
-    aside, number = final.with_name(f"{final.name}.{why}"), 1
+    aside, number = root / f"{final(root, step).name}.{why}", 1
     while aside.exists():
         number += 1
-        aside = final.with_name(f"{final.name}.{why}.{number}")
-    os.rename(final, aside)
+        aside = root / f"{final(root, step).name}.{why}.{number}"
+    os.rename(path(root, step), aside)
     link_latest(root)
     return aside
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from pretrain.checkpoint.damage import Damage, Damaged
 from pretrain.checkpoint.datafile import open_regular, reading
 from pretrain.checkpoint.dtypes import storage_dtype
 from pretrain.checkpoint.manifest import COMMIT, MANIFEST, MAX_JSON_BYTES, Manifest, Stored, read_committed
-from pretrain.checkpoint.shards import dtype_name, empty, flat, unflat
+from pretrain.checkpoint.shards import dtype_name, flat, unflat, zeros
 from stoker.errors import Refusal
 
 _HASH_BLOCK_BYTES = 2**20
@@ -146,12 +145,11 @@ def read_tensors(
             if not layout.holds(coords):
                 continue
             stored = manifest.tensors[known[name]]
-            shape = layout.local_shape(coords)
-            target = into[name].detach() if into is not None else None
-            shared = target is not None and target.device.type == "cpu" and target.is_contiguous()
-            local = flat(target) if target is not None and shared else empty(stored.dtype, math.prod(shape))
-            if shared:
-                local[...] = 0
+            tensors[name] = into[name] if into is not None else zeros(stored.dtype, layout.local_shape(coords))
+            target = tensors[name].detach()
+            in_place = target.device.type == "cpu" and target.is_contiguous()
+            local = flat(target if in_place else zeros(stored.dtype, target.shape))
+            local[...] = 0
             for number, parts in pieces(layout, coords, stored.grid).items():
                 try:
                     raw = reader.chunk(known[name], number)
@@ -161,12 +159,8 @@ def read_tensors(
                 chunk = raw.view(storage_dtype(stored.dtype)).reshape(stored.grid.chunk)
                 for piece in parts:
                     piece.of_local(local)[...] = piece.of_chunk(chunk)
-            if target is None:
-                tensors[name] = unflat(local, stored.dtype, shape)
-            else:
-                if not shared:
-                    target.copy_(unflat(local, stored.dtype, shape))
-                tensors[name] = into[name] if into is not None else target
+            if not in_place:
+                target.copy_(unflat(local, stored.dtype, target.shape))
     if damage:
         raise Damaged(damage)
     return tensors

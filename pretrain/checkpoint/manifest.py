@@ -21,7 +21,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.checkpoint.chunks import Grid
@@ -116,7 +116,7 @@ class Manifest:
     tensors: Mapping[str, Stored]
     data: Mapping[str, int]
     sealed: Mapping[str, Sealed]
-    version: int = field(default=VERSION)
+    version: int = VERSION
 
     def extents(self) -> dict[str, list[Extent]]:
         """What lies in each data file, by offset."""

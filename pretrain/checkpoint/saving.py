@@ -56,8 +56,11 @@ def catalog(peers: Peers, mine: Mapping[str, Entry], coords: Coords) -> tuple[di
 
 
 def _is_first(entry: Entry, coords: Coords) -> bool:
-    flat = (entry.layout.flat,) if entry.layout.flat else ()
-    return all(coords[cut.axis] == 0 for cut in (*entry.layout.splits, *flat))
+    flat = entry.layout.flat
+    # Of a flat range, who holds the first element: ranks before it may have nothing of the tensor, and leave it out.
+    if flat is not None and coords[flat.axis] != min(flat.offset // flat.shard, flat.parts - 1):
+        return False
+    return all(coords[split.axis] == 0 for split in entry.layout.splits)
 
 
 def _entry(fields: Mapping[str, Any]) -> Entry:
@@ -97,36 +100,46 @@ def write_data(
     writer = DataWriter(folder / data_file(peers.rank))
     written: list[tuple[str, int, int, int]] = []
 
-    def write(batch: Iterable[Task], arrived: Mapping[int, np.ndarray]) -> None:
-        position: Counter[int] = Counter()
+    def write(batch: Iterable[Task], arrived: Mapping[int, _Parcel]) -> None:
         for task in batch:
             if task.writer == peers.rank:
-                entry = known[task.tensor]
-                chunk = np.zeros(entry.grid.chunk, storage_dtype(entry.dtype))
-                for rank, parts in task.parts.items():
-                    for piece in parts:
-                        place = piece.of_chunk(chunk)
-                        if rank == peers.rank:
-                            place[...] = piece.of_local(shards[task.tensor])
-                        else:
-                            raw = arrived[rank][position[rank] : position[rank] + place.nbytes]
-                            place[...] = raw.view(chunk.dtype).reshape(place.shape)
-                            position[rank] += place.nbytes
-                at = writer.append(chunk)
+                at = writer.append(_assemble(task, known[task.tensor], peers.rank, shards, arrived))
                 written.append((task.tensor, task.chunk, at.offset, at.crc))
 
     with peers.together():
         write((task for task in tasks if not task.split), {})
     for batch in rounds([task for task in tasks if task.split]):
-        arrived = peers.exchange(*_parcels(batch, peers.rank, shards))
+        received = peers.exchange(*_parcels(batch, peers.rank, shards))
         with peers.together():
-            write(batch, arrived)
+            write(batch, {peer: _Parcel(data) for peer, data in received.items()})
     with peers.together():
         writer.close()
     reports = peers.gather({"bytes": writer.bytes, "written": written})
     return _addressed(known, [report["written"] for report in reports]), {
         data_file(rank): report["bytes"] for rank, report in enumerate(reports) if report["bytes"]
     }
+
+
+class _Parcel:
+    """The pieces that a peer sent in a round, one after another."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._rest = data
+
+    def take(self, like: np.ndarray) -> np.ndarray:
+        """The next piece, of the shape and dtype of ``like``."""
+        raw, self._rest = self._rest[: like.nbytes], self._rest[like.nbytes :]
+        return raw.view(like.dtype).reshape(like.shape)
+
+
+def _assemble(task: Task, entry: Entry, rank: int, shards: Shards, arrived: Mapping[int, _Parcel]) -> np.ndarray:
+    """A chunk from this rank's tensor and what its peers sent; what no element fills is zero."""
+    chunk = np.zeros(entry.grid.chunk, storage_dtype(entry.dtype))
+    for peer, parts in task.parts.items():
+        for piece in parts:
+            place = piece.of_chunk(chunk)
+            place[...] = piece.of_local(shards[task.tensor]) if peer == rank else arrived[peer].take(place)
+    return chunk
 
 
 def _parcels(batch: Iterable[Task], rank: int, shards: Shards) -> tuple[dict[int, np.ndarray], dict[int, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from pretrain.checkpoint.dtypes import STORAGE, storage_dtype
+from pretrain.checkpoint.dtypes import STORAGE
 from stoker.errors import Refusal
 
 
@@ -30,9 +30,8 @@ def unflat(array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> torch.Tenso
     return torch.from_numpy(array).view(getattr(torch, dtype)).reshape(shape)
 
 
-def empty(dtype: str, numel: int) -> np.ndarray:
-    """A flat array of zeros that ``unflat`` takes."""
-    return np.zeros(numel, storage_dtype(dtype).newbyteorder("="))
+def zeros(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
 
 
 class Shards:

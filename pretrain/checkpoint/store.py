@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -138,7 +138,7 @@ class CheckpointStore:
         files: Mapping[str, bytes],
     ) -> None:
         attributes = {"step": step, "attempt": attempt}
-        final = folders.path(self.root, step).absolute()
+        final = folders.final(self.root, step).absolute()
         files = {**files, REFS: reference_map(final, stored, attributes)}
         for name, content in files.items():
             _write_durably(working / name, content)
@@ -173,20 +173,18 @@ class CheckpointStore:
                     f"checkpoint of step {step} is damaged ({damaged}); choose another of {self.steps()}, or leave the "
                     "step open to take the newest that is good"
                 ) from damaged
-        for candidate in self._candidates():
+        # A folder without COMMIT under a final name has lost it: it is among them, to be named and set aside.
+        for candidate in reversed(self._agreed(folders.found)):
             try:
                 return self._load(candidate, layouts, coords, into, ignore)
             except Damaged as damaged:
                 self._quarantine(candidate, damaged)
         raise Refusal(f"{self.root} holds no checkpoint that is committed and whole")
 
-    def _candidates(self) -> list[int]:
-        """Collective: steps, newest first, as rank 0 sees them; a folder without COMMIT is one that lost it."""
-        steps: list[int] = []
+    def _agreed(self, look: Callable[[Path], list[int]]) -> list[int]:
+        """Collective: steps as rank 0 sees them."""
         with self._peers.together():
-            if self._peers.rank == 0 and self.root.is_dir():
-                folders.heal(self.root)
-                steps = folders.found(self.root)[::-1]
+            steps = look(self.root)
         return [int(step) for step in self._peers.gather(steps)[0]]
 
     def _quarantine(self, step: int, damaged: Damaged) -> None:
@@ -286,7 +284,7 @@ class CheckpointStore:
         """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise Refusal(f"keep_last={keep_last}, keep_every={keep_every}: keep at least one, and every 1st or more")
-        steps = [int(step) for step in self._peers.gather(self.steps())[0]]
+        steps = self._agreed(folders.committed)
         doomed = [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]
         if doomed and (damage := self.verify(steps[-1])):
             raise Refusal(f"nothing pruned: the newest checkpoint, step {steps[-1]}, is damaged: {Damaged(damage)}")
@@ -299,7 +297,7 @@ class CheckpointStore:
     def abandon_after(self, step: int) -> list[int]:
         """Collective. The run goes back to ``step``: later steps are renamed ``.abandoned``, or the next resume would
         take one of them for its own. Returns them."""
-        later = [int(other) for other in self._peers.gather(self.steps())[0] if int(other) > step]
+        later = [other for other in self._agreed(folders.committed) if other > step]
         with self._peers.together():
             if self._peers.rank == 0:
                 for other in later:

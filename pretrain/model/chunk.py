@@ -35,7 +35,7 @@ class Layer(nn.Module):
         super().__init__()
         prefix = f"layers.{index}"
         norm = build.spec.norm_eps, build.spec.zero_centred_norm
-        self.index, self._recompute = index, recompute
+        self._recompute = recompute
         self.mixer_norm = RMSNorm(build.parameter(f"{prefix}.mixer.norm.weight"), *norm)
         self.mixer: nn.Module
         if isinstance(spec.mixer, Attention):
@@ -87,7 +87,8 @@ class Chunk(nn.Module):
         self._sequence_parallel = plan.sequence_parallel
         first, last = index == 0, index == plan.pp * plan.vpp - 1
         self.embedding = Embedding(build) if first else None
-        self.layers = nn.ModuleList(Layer(build, i, spec.layers[i], plan.recompute) for i in plan.stages[index])
+        self._indices = plan.stages[index]
+        self.layers = nn.ModuleList(Layer(build, i, spec.layers[i], plan.recompute) for i in self._indices)
         self.final_norm = self.head = None
         if last:
             self.final_norm = RMSNorm(build.parameter("final_norm.weight"), spec.norm_eps, spec.zero_centred_norm)
@@ -104,14 +105,14 @@ class Chunk(nn.Module):
     def routers(self) -> dict[int, Router]:
         """``{layer index: router}`` of the mixtures of experts in this chunk."""
         return {
-            layer.index: layer.ffn.router
-            for layer in self.layers
+            index: layer.ffn.router
+            for index, layer in zip(self._indices, self.layers, strict=True)
             if isinstance(layer, Layer) and isinstance(layer.ffn, MoEFeedForward)
         }
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         x = self.hidden(batch)
-        if self.head is None:
+        if self.head is None or self.final_norm is None:
             return x[:, None]
         return self.loss(self.head(self.final_norm(x)), batch)
 
@@ -123,10 +124,10 @@ class Chunk(nn.Module):
             assert self._input is not None, "a later stage runs on what it received"
             x = self._input[:, 0]
         auxiliary: list[torch.Tensor] = []
-        for layer in self.layers:
+        for index, layer in zip(self._indices, self.layers, strict=True):
             x, statistics = layer(x, batch)
             if statistics is not None:
-                self._statistics.setdefault(layer.index, []).append(statistics.detach())
+                self._statistics.setdefault(index, []).append(statistics.detach())
                 auxiliary += [statistics.balance, statistics.z]
         return with_auxiliary(x, auxiliary)
 

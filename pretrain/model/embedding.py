@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.engine import collectives
-from parallel.engine.groups import Group
 from parallel.planning.layout import Layout
 from pretrain.model.build import Build
 from pretrain.model.stream import Stream
@@ -55,9 +53,3 @@ class Head(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self._stream.read(x), self.weight[: self.vocabulary.rows])
 
-
-def gather_logits(logits: torch.Tensor, group: Group, sizes: list[int]) -> torch.Tensor:
-    """All logits [N, vocabulary] from each rank's part of ``sizes`` columns (evaluation and generation; no gradient)."""
-    if group.size() == 1:
-        return logits
-    return collectives.all_gather_uneven(logits.detach().T.contiguous(), group, sizes).T

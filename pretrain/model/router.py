@@ -100,5 +100,6 @@ def update_router(router: Router, load: torch.Tensor) -> None:
     ``load`` int64 [E] is the step's, over the global batch."""
     router.load += load
     if router.bias is not None:
+        assert router.spec.bias_update_rate is not None
         mean = load.sum().to(router.bias.dtype) / load.numel()
         router.bias += router.spec.bias_update_rate * torch.sign(mean - load)

@@ -7,7 +7,7 @@ gradient that is a partial sum over ``tp``.
 
 from __future__ import annotations
 
-from parallel.planning.layout import Layout, Split
+from parallel.planning.layout import Family, Layout, Split
 from parallel.planning.plan import ParallelPlan
 from pretrain.spec import Attention, FeedForward, GatedDelta, Mixer, ModelSpec, MoE
 
@@ -43,7 +43,7 @@ def stages_of(name: str, spec: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]
     return tuple(dict.fromkeys(chunk % plan.pp for chunk in chunk_of(name, spec, plan)))
 
 
-def _placement(name: str, spec: ModelSpec, plan: ParallelPlan) -> tuple[list[Split], tuple[str, ...], str]:
+def _placement(name: str, spec: ModelSpec, plan: ParallelPlan) -> tuple[list[Split], tuple[str, ...], Family]:
     tp = plan.tp
     if name in ("embed.weight", "head.weight"):
         return [Split(0, "tp", tp)], (), "dense"
@@ -56,7 +56,7 @@ def _placement(name: str, spec: ModelSpec, plan: ParallelPlan) -> tuple[list[Spl
     return _mixer(field, layer.mixer, tp) if branch == "mixer" else _ffn(field, layer.ffn, plan)
 
 
-def _mixer(field: str, mixer: Mixer, tp: int) -> tuple[list[Split], tuple[str, ...], str]:
+def _mixer(field: str, mixer: Mixer, tp: int) -> tuple[list[Split], tuple[str, ...], Family]:
     if field in ("q_norm.weight", "k_norm.weight", "out_norm.weight"):
         return [], ("tp",), "dense"  # one weight, applied by each rank to its own heads
     if isinstance(mixer, Attention):
@@ -70,7 +70,7 @@ def _mixer(field: str, mixer: Mixer, tp: int) -> tuple[list[Split], tuple[str, .
     return [Split(dim, "tp", tp, unit=units.get(stem, 1))], (), "dense"
 
 
-def _ffn(field: str, ffn: FeedForward, plan: ParallelPlan) -> tuple[list[Split], tuple[str, ...], str]:
+def _ffn(field: str, ffn: FeedForward, plan: ParallelPlan) -> tuple[list[Split], tuple[str, ...], Family]:
     if isinstance(ffn, MoE):
         if field.startswith("experts."):
             inner = Split(2 if "down" in field else 1, "etp", plan.etp)

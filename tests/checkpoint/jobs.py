@@ -25,7 +25,7 @@ def save(root: str, step: int, fields: dict[str, Any], attempt: int = 1, die_on_
     plan = ParallelPlan.from_dict(fields)
     coords, where = plan.coords(dist.get_rank()), layouts(plan)
     if dist.get_rank() == die_on_rank:
-        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
     tensors = {name: (where[name], tensor) for name, tensor in parts(global_state(step), where, coords).items()}
     _store(root).save(step, tensors, {"step": step}, coords, attempt).wait()
 

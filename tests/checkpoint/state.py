@@ -1,4 +1,4 @@
-"""A small global state, the layouts of its tensors under a plan, and a rank's part cut without any Layout arithmetic."""
+"""A small global state, the layouts of its tensors under a plan, and a rank's part, cut without Layout's arithmetic."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ Tensors = dict[str, torch.Tensor]
 
 def plan(world_size: int, **degrees: Any) -> ParallelPlan:
     dense = math.prod(degrees.get(axis, 1) for axis in ("tp", "cp", "pp"))
-    return ParallelPlan(
-        world_size, world_size // dense * degrees.get("pp", 1), 1, num_layers=NUM_LAYERS, **degrees
-    )
+    return ParallelPlan(world_size, world_size // dense * degrees.get("pp", 1), 1, num_layers=NUM_LAYERS, **degrees)
 
 
 def global_state(seed: int = 0) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -70,17 +71,25 @@ def killed_before_call(number: int, root: Path, step: int) -> str | None:
 
 
 @pytest.mark.parametrize("step", [6, 5], ids=["a new step", "a step saved again"])
-def test_p8_a_kill_before_any_system_call_leaves_the_old_state_or_the_new(step: int, tmp_path: Path) -> None:
+def test_p8_a_kill_before_any_system_call_leaves_the_old_state_or_the_new(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "base", 5, seed=1).wait()
     called, outcomes = [], []
     for number in range(1000):
         root = tmp_path / str(number)
-        save(root, 5, seed=1).wait()
+        shutil.copytree(tmp_path / "base", root, symlinks=True)
         name = killed_before_call(number, root, step)
+        store = CheckpointStore(root)
+        latest = store.latest()
+        assert latest is not None
         seed = loaded_seed(root)
         outcomes.append(seed)
-        store = CheckpointStore(root)
+        assert store.meta(latest) == {"seed": seed}
         assert [path.name for path in root.glob("*.quarantined")] == []
-        save(root, 7, seed=3, attempt=3).wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: None)  # durability is not what is asked here, and it takes most time
+            save(root, 7, seed=3, attempt=3).wait()
         assert loaded_seed(root) == 3
         assert [found for known in store.steps() for found in store.verify(known)] == []
         assert sorted(p.name for p in root.glob("step_*")) == [f"step_{known:08d}" for known in store.steps()]
@@ -120,6 +129,21 @@ def test_p8_no_byte_of_a_stale_attempt_reaches_a_committed_folder(
     assert loaded_seed(tmp_path) == 2
     with pytest.raises(Refusal, match="attempt 2 has taken over from attempt 1"):
         save(tmp_path, 6, seed=1, attempt=1)
+
+
+def test_p8_a_fence_stops_an_older_attempt_in_the_middle_of_its_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = saving.write_data
+
+    def overtaken(*arguments: Any) -> Any:
+        CheckpointStore(tmp_path).fence(2)
+        return real(*arguments)
+
+    monkeypatch.setattr(saving, "write_data", overtaken)
+    with pytest.raises(Refusal, match="attempt 2 has taken over from attempt 1"):
+        save(tmp_path, 5, seed=1, attempt=1)
+    assert CheckpointStore(tmp_path).steps() == []
 
 
 def test_a_fence_stops_an_older_attempt_before_the_newer_one_has_saved(tmp_path: Path) -> None:

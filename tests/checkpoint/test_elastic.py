@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.planning.layout import Flat, Layout
 from parallel.planning.plan import ParallelPlan
-from pretrain.checkpoint import chunks, datafile
+from pretrain.checkpoint import datafile
 from pretrain.checkpoint.store import CheckpointStore
 from tests.checkpoint.state import (
-    CHUNK_BYTES,
     EXCHANGE_BYTES,
     Tensors,
     bits_equal,
@@ -82,9 +82,7 @@ def state() -> Tensors:
 def reference(state: Tensors, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     """Chunk CRCs of a save by one process."""
     root = tmp_path_factory.mktemp("reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "TARGET_BYTES", CHUNK_BYTES)
-        save(root, 5, state, PLANS[0])
+    save(root, 5, state, PLANS[0])
     return crcs(root, 5)
 
 
@@ -115,12 +113,28 @@ def test_a_chunk_is_written_by_one_rank_and_every_rank_writes(state: Tensors, tm
     assert max(manifest.data.values()) < 2 * sum(manifest.data.values()) / 4
 
 
-def test_boundary_chunks_are_assembled_in_rounds_of_bounded_size(
-    state: Tensors, tmp_path: Path
-) -> None:
+def test_boundary_chunks_are_assembled_in_rounds_of_bounded_size(state: Tensors, tmp_path: Path) -> None:
     wire = save(tmp_path, 5, state, plan(6, tp=3, ep=2))
     assert wire.exchanges > 3
     assert 0 < wire.largest_bytes <= EXCHANGE_BYTES
+
+
+def test_ranks_that_hold_nothing_of_a_flat_range_may_leave_the_tensor_out(tmp_path: Path) -> None:
+    four = plan(4)
+    middle = Layout((10,), flat=Flat("dp", 4, offset=70, shard=30))  # all of it on data rank 2
+    nothing = Layout((0, 3), flat=Flat("dp", 4, offset=120, shard=30))
+    whole = {"middle": torch.arange(10.0), "nothing": torch.zeros(0, 3), "everywhere": torch.arange(3)}
+    where = {"middle": middle, "nothing": nothing, "everywhere": Layout((3,))}
+
+    def job(store: CheckpointStore, rank: int) -> int:
+        mine = parts(whole, where, four.coords(rank))
+        kept = {name: (where[name], t) for name, t in mine.items() if t.numel() or rank == 3}
+        store.save(5, kept, {}, four.coords(rank), attempt=1).wait()
+        loaded, _ = store.load(5, where, four.coords(rank))
+        assert [name for name in mine if not bits_equal(loaded[name], mine[name])] == []
+        return loaded["middle"].numel()
+
+    assert on_ranks(tmp_path, 4, job)[0] == [0, 0, 10, 0]
 
 
 def test_into_fills_given_tensors_and_zeroes_padding(state: Tensors, tmp_path: Path) -> None:

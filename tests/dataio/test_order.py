@@ -85,13 +85,11 @@ def test_p1_every_token_but_the_first_is_a_target_exactly_once_an_epoch(
     num_tokens: int, seq_len: int, group_blocks: int
 ) -> None:
     walk = Walk(Order("s", num_tokens, 5, block_tokens=24, group_blocks=group_blocks), seq_len)
-    windows = walk.windows(0, 3 * num_tokens + 1)
-    for epoch in (0, 1):
-        read = inputs(windows, epoch)
-        assert sorted(read) == list(range(num_tokens - 1))
-        for window, (_, start, length) in enumerate(zip(*windows)):
-            assert 1 <= length <= seq_len
-            assert start // 24 == (start + length - 1) // 24, f"window {window} crosses a block"
+    windows = walk.windows(0, num_tokens + 1)
+    assert sorted(inputs(windows, epoch=0)) == list(range(num_tokens - 1))
+    for window, (_, start, length) in enumerate(zip(*windows)):
+        assert 1 <= length <= seq_len
+        assert start // 24 == (start + length - 1) // 24, f"window {window} crosses a block"
     assert np.all(np.diff(windows[0]) >= 0)
 
 
@@ -108,10 +106,10 @@ def test_p6_windows_are_the_same_asked_for_in_any_pieces(
     data: st.DataObject, num_tokens: int, group_blocks: int
 ) -> None:
     source = Order("s", num_tokens, 1, 24, group_blocks)
-    begun = Walk(source, 4).advance(data.draw(st.integers(0, 300)))
+    begun = Walk(source, 4).advance(data.draw(st.integers(0, 99)))
     walk = Walk(source, data.draw(st.sampled_from(DIVISORS)), begun)
-    whole = walk.windows(0, 200)
-    cuts = sorted({0, 200, *data.draw(st.lists(st.integers(0, 200), max_size=5))})
+    whole = walk.windows(0, 60)
+    cuts = sorted({0, 60, *data.draw(st.lists(st.integers(0, 60), max_size=4))})
     pieces = [walk.windows(low, high) for low, high in itertools.pairwise(cuts)]
     for array, parts in zip(whole, zip(*pieces)):
         np.testing.assert_array_equal(array, np.concatenate(parts))

@@ -2,7 +2,7 @@
 
 Slow on purpose and sharing nothing with the product but the spec. Each document runs alone, so nothing can cross its
 boundary; the delta rule goes token by token, the short convolution tap by tap, the mixture token by token and expert
-by expert. `test_plain_vs_hf.py` holds this file to Hugging Face's models.
+by expert. ``test_plain_vs_hf.py`` holds this file to Hugging Face's models.
 
 Shapes: ``B`` windows of the global batch, ``T`` tokens of a window, ``n`` tokens of a document, ``D`` model width,
 ``H`` heads, ``K`` key dim, ``V`` value dim, ``E`` experts. Parameters are float64, by global name.

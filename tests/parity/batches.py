@@ -1,7 +1,7 @@
 """Synthetic global batches for the parity suite: a function of the step, hard on purpose.
 
-Uneven masks, packed documents of random length, padding at the end of some windows, and on odd steps the second half of
-the batch wholly masked, which leaves a data rank without a single target.
+Uneven masks, packed documents of random length, padding at the end of some windows, one window of padding only, and on
+odd steps the second half of the batch wholly masked, which leaves a data rank without a single target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def global_batch(step: int, seq_len: int, vocab_size: int) -> Batch:
     loss_mask = random.random((n, T)) < random.uniform(0.2, 1.0, (n, 1))
     if step % 2:
         loss_mask[n // 2 :] = False
-    for window, padding in ((2, 5), (7, T // 2)):
+    for window, padding in ((2, T // 4), (5, T), (7, T // 2)):
         doc_index[window, T - padding :] = -1
         positions[window, T - padding :] = np.arange(padding)
         loss_mask[window, T - padding :] = False

@@ -58,7 +58,7 @@ def test_p7_what_is_refused_says_why_and_what_to_use_instead() -> None:
 
 
 def plan_for(features: Iterable[str], **options: Any) -> ParallelPlan:
-    return smallest_plan(features, num_layers=4, global_batch=12, has_experts=True, **options)
+    return smallest_plan(features, num_layers=4, global_batch=12, **options)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -84,8 +84,9 @@ def test_p4_data_parallel_replicates_what_the_other_axis_shards() -> None:
 
 def test_a_feature_brings_what_it_needs() -> None:
     plan = plan_for(("vpp", "etp"))
-    assert (plan.pp, plan.vpp, plan.tp, plan.etp, plan.sequence_parallel) == (2, 2, 2, 2, True)
-    assert not smallest_plan(("tp",), num_layers=4, global_batch=12, has_experts=False).sequence_parallel
+    assert (plan.pp, plan.vpp, plan.tp, plan.etp, plan.sequence_parallel) == (2, 2, 1, 2, False)
+    assert plan_for(("sp",)).tp == 2
+    assert not plan_for(("tp",)).sequence_parallel
 
 
 def test_p7_no_plan_is_made_of_what_does_not_go_together() -> None:
@@ -104,9 +105,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "schedule zero_bubble is model only": (dict(pp=2), "float32", ("zero_bubble",)),
     "dispatcher deepep is planned: .*use dispatcher alltoall": (dict(ep=2), "bfloat16", ("deepep",)),
     "feature 'zerobubble' is not known": ({}, "float32", ("zerobubble",)),
-    "etp=2 with tp=1 .*use etp=1$": (dict(etp=2), "float32", ()),
-    "etp=2 with tp=4 .*use etp=1 or etp=4": (dict(etp=2, tp=4, sequence_parallel=True), "float32", ()),
-    "tp=2 with expert layers needs sequence_parallel=true": (dict(tp=2), "float32", ()),
 }
 
 
@@ -119,5 +117,14 @@ def test_p7_what_the_engine_cannot_run_is_refused_before_the_run(message: str) -
     assert "\n" not in str(refused_with.value)
 
 
-def test_a_dense_model_may_split_tensors_without_sequence_parallel() -> None:
-    refuse_unsupported(ParallelPlan(8, 16, 1, num_layers=4, tp=2), "bfloat16", has_experts=False)
+@pytest.mark.parametrize("axis", ["ep", "etp"])
+def test_p7_expert_axes_are_refused_for_a_model_without_experts(axis: str) -> None:
+    plan = ParallelPlan(8, 16, 1, num_layers=4, **{axis: 2})
+    with pytest.raises(Refusal, match=f"{axis}=2 shards experts and the model has none: use {axis}=1"):
+        refuse_unsupported(plan, "bfloat16", has_experts=False)
+    refuse_unsupported(plan, "bfloat16", has_experts=True)
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_tensors_may_be_split_without_sequence_parallel(has_experts: bool) -> None:
+    refuse_unsupported(ParallelPlan(8, 16, 1, num_layers=4, tp=2), "bfloat16", has_experts=has_experts)

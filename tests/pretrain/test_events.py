@@ -106,7 +106,7 @@ def test_a_torn_last_line_is_left_out_and_the_next_attempt_writes_over_it(tmp_pa
     ("line", "expected"),
     [
         (b"{}", "schema None"),
-        (b'{"schema": 2}', "schema 2, and this release reads 1"),
+        (b'{"schema": 2}', "schema 2 where this release reads 1"),
         (b'{"schema": 1, "step": 3}', "damaged"),
         (b'{"schema": 1, ', "damaged"),
         (event().to_line().replace('"lr"', '"lrr"').encode(), "damaged"),
@@ -170,8 +170,8 @@ def test_a_terminal_shows_one_live_line() -> None:
     for step in range(3):
         sink.step(event(step))
     sink.close()
-    last = printed(console)[-1]
-    assert "3/3" in last and f"loss {event(2).loss:.4f}" in last and "step 1/3" not in "".join(printed(console))
+    shown = "".join(printed(console))
+    assert "3/3" in shown and f"loss {event(2).loss:.4f}" in shown and "step 1/3" not in shown
 
 
 def demo(*overrides: str) -> RunConfig:

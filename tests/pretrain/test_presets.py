@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pretrain.config import RunConfig, preset
-from pretrain.spec import Attention, Dense, GatedDelta, MoE, ModelSpec
+from pretrain.spec import Attention, Dense, GatedDelta, ModelSpec, MoE
 
 
 def gated_delta(width: int, qk: int, v: int, dim: int, taps: int = 4) -> int:

@@ -1,0 +1,123 @@
+"""The ``stoker`` command. What a command needs is imported when it runs: help, ``doctor`` and ``plan`` start at once.
+
+Exit codes (DESIGN section 8): 0 done, 2 refused, 3 stopped by a verdict, 4 preempted after an urgent checkpoint; any
+other is a fault, whose traceback is shown.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from launch.commands_checkpoint import checkpoint
+from launch.commands_data import data
+from stoker.errors import Refusal
+from stoker.guard import require_own_rooms
+
+REFUSED = 2
+
+app = typer.Typer(
+    help="Stoker trains language models, from text on disk to generated text, under every parallel layout.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data)
+app.add_typer(checkpoint)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A .yaml file, or the name of a preset.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="What differs from it.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as suit this machine.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
+
+
+@app.callback()
+def _before(context: typer.Context) -> None:
+    if context.invoked_subcommand != "doctor":  # which is there to say what is in the way
+        require_own_rooms()
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often torchrun starts failed ranks again.")] = 0,
+) -> None:
+    """Train on this machine: validate, choose a layout, call torchrun. A run with a checkpoint resumes by itself."""
+    from launch.local import train
+
+    raise typer.Exit(train(config, overrides or (), ranks, max_restarts))
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """What a configuration is on this machine: layout in words, parameters, FLOPs."""
+    from launch.commands_plan import show
+
+    show(config, overrides or (), ranks, json)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing, and what each absence costs."""
+    from launch.doctor import main
+
+    raise typer.Exit(main())
+
+
+@app.command()
+def generate(
+    run: RunDir,
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; may be given several times.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint; by default the newest.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Share of the probability that is drawn from.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Let a run's model go on from a text."""
+    from pretrain.generate import generate
+
+    texts = generate(run, prompt, step=step, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    for given, text in zip(prompt, texts, strict=True):
+        typer.echo(given + text)
+
+
+@app.command()
+def report(run: RunDir) -> None:
+    """Write a run's report.html and print its path."""
+    from pretrain.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def bench(what: Annotated[Literal["kernels", "train", "data", "checkpoint"], typer.Argument()]) -> None:
+    """Ours against peers and the physical limit, in one run, as ratios."""
+    from launch.commands_bench import bench
+
+    bench(what)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its code. A refusal is one line; a fault keeps its traceback."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="stoker")
+    except Refusal as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What this machine offers a run: devices, cores, and the number of ranks that suits them. No torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+
+from pretrain.config import RunConfig
+from pretrain.config_sections import ParallelSection
+
+#: Ranks on a machine without a GPU, unless told otherwise: the least that trains in parallel.
+CPU_RANKS = 2
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def choose_ranks(config: RunConfig, announce: Callable[[str], None] = print) -> int:
+    """How many ranks suit this machine: every CUDA device, or two processes; in each case what the model-parallel
+    degrees need. Degrees that do not fit the devices are left to the plan, which refuses them by name."""
+    unit = model_parallel_ranks(config)
+    if devices := cuda_devices():
+        return devices // unit * unit or devices
+    ranks = -(-min(CPU_RANKS, cores()) // unit) * unit
+    if ranks > cores():
+        announce(f"{ranks} ranks on {cores()} cores: the layout needs them, and they take turns")
+    return ranks
+
+
+def model_parallel_ranks(config: RunConfig) -> int:
+    """The smallest number of ranks that the degrees of the configuration divide."""
+    degrees = config.parallel
+    if not isinstance(degrees, ParallelSection):
+        return 1
+    return degrees.pp * math.lcm(degrees.tp * degrees.cp, degrees.ep * degrees.etp)
+
+
+def cuda_devices() -> int:
+    """CUDA devices that the installed torch could use, without importing it."""
+    if metadata.version("torch").endswith("+cpu"):
+        return 0
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    devices = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices if visible is None else min(devices, len([name for name in visible.split(",") if name.strip()]))
+
+
+def environment_for(config: RunConfig, ranks: int) -> dict[str, str]:
+    """Variables that ranks need before they start; what the caller has set stands."""
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores() // ranks))}
+    if cuda_devices():
+        # Megatron-core orders communication before computation on one queue (its assertion for tp > 1).
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        if config.run.deterministic:
+            wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return {name: value for name, value in wanted.items() if name not in os.environ}

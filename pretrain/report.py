@@ -1,0 +1,64 @@
+"""``report.html``: a run for somebody who was not there, in one file that opens from disk and loads nothing.
+
+Rooms give fragments (elements), this file puts them in order. What could not be read is said at the top. No torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.report_curves import curves, draws, heldout
+from pretrain.report_layout import experts, layout
+from pretrain.report_markup import node, to_html
+from pretrain.report_record import Record, read_record
+from pretrain.report_run import attempts, configuration, header, versions
+from pretrain.report_style import STYLE
+from stoker.files import write_atomic
+from stoker.version import VERSION
+
+REPORT = "report.html"
+
+SECTIONS = {
+    "Attempts": attempts,
+    "Training": curves,
+    "Data": draws,
+    "Held out": heldout,
+    "Experts": experts,
+    "Layout": layout,
+    "Versions": versions,
+    "Configuration": configuration,
+}
+#: The page may use its own style sheet and nothing else: no script, no network, whatever is in it.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write the report of a run, whatever state it is in, and return its path.
+
+    Raises Refusal where ``run_dir`` is no run directory, or one of a newer release.
+    """
+    path = run_dir / REPORT
+    write_atomic(path, page(read_record(run_dir)))
+    return path
+
+
+def page(record: Record) -> bytes:
+    sections = [
+        node("section", node("h2", title, id=_anchor(title)), *make(record)) for title, make in SECTIONS.items()
+    ]
+    head = node(
+        "head",
+        node("meta", charset="utf-8"),
+        node("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        node("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        node("title", f"{record.name}: run report"),
+        node("style", STYLE),
+    )
+    opening, *summary = header(record)
+    opening.append(node("nav", *(node("a", title, href=f"#{_anchor(title)}") for title in SECTIONS)))
+    foot = node("footer", f"Stoker {VERSION}. Point at a curve, a cell or a rank to see its numbers.")
+    return to_html(node("html", head, node("body", opening, *summary, *sections, foot), lang="en"))
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")

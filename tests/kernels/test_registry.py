@@ -1,0 +1,120 @@
+"""Choice of implementation, selfcheck and benchmark: what they say must be able to be bad news."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from kernels import bench, registry, selfcheck, tolerance
+from kernels.gated_delta.op import gated_delta
+from kernels.samples import cu_seqlens_of, gated_delta_inputs
+from stoker.errors import Refusal
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def scratch_op(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An operator with a narrow implementation, preferred, and one that runs anywhere at a cost on CPU."""
+    monkeypatch.setattr(registry, "_implementations", {})
+    monkeypatch.setattr(registry, "_announced", set())
+    narrow = registry.Implementation("narrow", abs, lambda device, dtype, shape: shape[0] % 16 == 0)
+    registry.register("scratch", narrow)
+    registry.register("scratch", registry.Implementation("wide", abs, cost={"cpu": "ten times slower"}))
+    return "scratch"
+
+
+def test_the_first_implementation_that_supports_the_call_is_chosen(scratch_op: str) -> None:
+    assert registry.choose(scratch_op, CPU, torch.float32, (64,)).name == "narrow"
+    assert registry.choose(scratch_op, CPU, torch.float32, (65,)).name == "wide"
+
+
+def test_a_fallback_is_announced_once_with_its_cost(scratch_op: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for shape in ((64,), (65,), (65,)):
+        registry.choose(scratch_op, CPU, torch.float32, shape)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "kernel scratch on cpu float32: narrow"),
+        ("WARNING", "kernel scratch on cpu float32: wide (ten times slower)"),
+    ]
+
+
+def test_forcing_holds_inside_the_context_only_and_nests(scratch_op: str) -> None:
+    def chosen() -> str:
+        return registry.choose(scratch_op, CPU, torch.float32, (64,)).name
+
+    with registry.force(scratch_op, "wide"):
+        assert chosen() == "wide"
+        with registry.force(scratch_op, "narrow"):
+            assert chosen() == "narrow"
+        assert chosen() == "wide"
+    assert chosen() == "narrow"
+
+
+def test_unknown_names_are_refused_with_the_known_ones(scratch_op: str) -> None:
+    with pytest.raises(Refusal, match="choose one of narrow, wide"), registry.force(scratch_op, "cuda"):
+        pass
+    with pytest.raises(Refusal, match="known are scratch"):
+        registry.choose("gated_delta", CPU, torch.float32, (64,))
+
+
+def test_cuda_fallback_states_its_cost() -> None:
+    for op in ("gated_delta", "short_conv"):
+        assert "no CUDA kernel" in registry.implementations(op)[0].cost["cuda"]
+
+
+def test_forcing_is_honoured_by_a_function_compiled_before() -> None:
+    x = gated_delta_inputs([9], (1, 1), (4, 4), torch.float32)
+    compiled = torch.compile(gated_delta, backend="eager")
+    cu_seqlens = cu_seqlens_of([9])
+    free, _ = compiled(**x, cu_seqlens=cu_seqlens)
+    with registry.force("gated_delta", "reference"):
+        forced, _ = compiled(**x, cu_seqlens=cu_seqlens)
+        expected, _ = gated_delta(**x, cu_seqlens=cu_seqlens)
+    assert torch.equal(forced, expected) and not torch.equal(forced, free)
+
+
+def test_selfcheck_passes_on_this_machine() -> None:
+    rows = selfcheck.check(short=True, device="cpu")
+    assert {row.op for row in rows} == set(registry.operators())
+    assert all(row.passed for row in rows), selfcheck.table(rows)
+
+
+def test_selfcheck_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A kernel that is off by one part in 100,000 is named, and the command exits 1."""
+    right = registry.implementations("gated_delta")[0]
+
+    def wrong(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        o, state = right.run(*args)
+        return o * (1 + 1e-5), state
+
+    known = registry.implementations("gated_delta")
+    monkeypatch.setitem(registry._implementations, "gated_delta", [registry.Implementation("wrong", wrong), *known])
+    monkeypatch.setattr(sys, "argv", ["selfcheck", "--short", "--device", "cpu"])
+    assert selfcheck.main() == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_error_is_relative_and_infinite_for_nan() -> None:
+    expected = torch.tensor([3.0, 4.0])
+    assert tolerance.error(expected * 1.5, expected) == pytest.approx(0.5)
+    assert tolerance.error(torch.tensor([0.0, 2.0]), torch.zeros(2)) == 2.0
+    assert tolerance.error(torch.tensor([3.0, torch.nan]), expected) == float("inf")
+
+
+def test_bench_gives_ratios_and_restores_the_threads() -> None:
+    threads = torch.get_num_threads()
+    rows = bench.run(rounds=1, tokens=128)
+    assert torch.get_num_threads() == threads
+    assert {row.op for row in rows} == set(registry.operators())
+    assert all(row.note if row.ratio is None else row.ratio > 0 for row in rows)
+    assert "torch" in bench.table(rows)
+
+
+def test_bench_without_the_peer_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.qwen3_next.modeling_qwen3_next", None)
+    (row, *_) = bench.run(rounds=1, tokens=64)
+    assert row.ratio is None and "skipped" in row.note

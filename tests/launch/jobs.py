@@ -1,0 +1,27 @@
+"""A run as a job of the gloo pool: what ``python -m pretrain`` does, without a process start for each rank."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from pretrain.config import load
+from pretrain.loop import train
+from pretrain.run import World, validate
+from pretrain.rundir import begin
+from pretrain.session import Session
+
+
+def run(source: str, overrides: list[str]) -> str:
+    """Train under the pool's process group to the end of the run; how the attempt ended."""
+    config = load(source, [*overrides, "log.quiet=true"])
+    rank, size = dist.get_rank(), dist.get_world_size()
+    start = validate(config, World(rank, size, rank))
+    attempt = begin(start, config, config.plan(size)) if start else None
+    told = [(start.attempt, start.resume_step) if start else None]
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    number, resume_step = told[0]
+    ended = train(Session(config, rank, number, resume_step))
+    if attempt is not None:
+        attempt.finish(ended.exit_class, ended.cause, ended.rank)
+    return ended.exit_class.value
