@@ -32,7 +32,7 @@ verify: lint ## the whole of it, long tests included
 	$(RUN) -m pytest --hypothesis-profile verify $(PYTEST)
 
 gpu-check: $(READY) ## the tests that need a GPU; skips with the reason where there is none
-	$(RUN) -m pytest -m gpu $(PYTEST)
+	$(RUN) -m pytest -m gpu -s -rs $(PYTEST)
 
 faults: ## not there yet
 	@echo "make faults: the checkpoint fault sweep is not there yet." >&2; exit 2

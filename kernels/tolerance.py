@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 #: Relative L2 error by dtype of the inputs, then by output; "*" is any output not named. Gradients are "d" + input.
-#: float64: rounding of some hundred additions. float32: 4x the largest error measured by ``kernels.selfcheck`` on CPU
-#: (4e-7, dg 8e-7: a difference of nearly equal sums). bfloat16: rounding of the output alone gives 1.7e-3 on CPU, where
-#: all is computed in float32; the rest is room for kernels that multiply in bfloat16.
+#: float64: rounding of some hundred additions. float32: 5x the largest error measured by ``kernels.selfcheck`` on CPU
+#: (4e-7; dg, a double sum over pairs, 6e-7). bfloat16: rounding of the output alone gives 1.7e-3 on CPU, where all is
+#: computed in float32; the rest is room for kernels that multiply in bfloat16.
 BOUNDS: dict[torch.dtype, dict[str, float]] = {
     torch.float64: {"*": 1e-12},
-    torch.float32: {"*": 2e-6, "dg": 4e-6},
+    torch.float32: {"*": 2e-6, "dg": 3e-6},
     torch.bfloat16: {"*": 4e-3, "dg": 8e-3},
 }
 

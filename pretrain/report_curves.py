@@ -124,7 +124,7 @@ def draws(record: Record) -> list[Element]:
     all_drawn = np.maximum(total.sum(1), 1)
     for index, name in enumerate(names):
         look = f"c{index % PALETTE}"
-        lines.append(Line.of(name, look + " plain", steps, 100 * total[:, index] / all_drawn))
+        lines.append(Line.of(name, look, steps, 100 * total[:, index] / all_drawn))
         got, wanted = total[-1, index] / all_drawn[-1], None
         if total_asked is not None:
             lines.append(Line.of(f"{name}, blend", look + " dashed", steps, 100 * total_asked[:, index] / all_drawn))
@@ -136,7 +136,7 @@ def draws(record: Record) -> list[Element]:
     head = ["source", "windows", "share", "blend", "difference, points"]
     note = "" if asked is not None else "What the blend asked for is unknown."
     legend = [(line.look, line.name) for line in lines]
-    picture = line_chart(lines, marks(record.events), wide=True)
+    picture = line_chart(lines, marks(record.events), wide=True, floor=0.0)
     below = (table(head, rows), note)
     return [figure("Draws by source", "% of windows so far", picture, *below, legend=legend, numbers=line_table(lines))]
 

@@ -34,7 +34,7 @@ from stoker.errors import Refusal
 
 T = TypeVar("T")
 
-LOAD = ".ffn.router.load"
+ENVIRONMENT, LOAD = "environment.json", ".ffn.router.load"
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def read_record(run_dir: Path) -> Record:
     def attempt(number: int) -> AttemptRecord:
         path = attempt_path(run_dir, number)
         nothing: dict[str, Any] = {}
-        environment = tried(
-            f"environment of attempt {number}", lambda: _environment(path / "environment.json"), nothing
-        )
+        environment = tried(f"environment of attempt {number}", lambda: _environment(path / ENVIRONMENT), nothing)
         return AttemptRecord(number, environment, tried(f"end of attempt {number}", lambda: read_exit(path), None))
 
     config_text = tried(CONFIG, text, "")

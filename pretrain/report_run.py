@@ -166,7 +166,7 @@ def attempts(record: Record) -> list[Element]:
         steps = [event.step for event in record.events if event.attempt == attempt.number]
         start = attempt.environment.get("start")
         resumed = start.get("resume_step") if start else None
-        began = UNKNOWN if not start else "first values" if resumed is None else f"checkpoint of step {resumed}"
+        began = UNKNOWN if not start else "initial values" if resumed is None else f"checkpoint of step {resumed}"
         kept = f"{steps[0]:,} to {steps[-1]:,}" if steps else "none"
         host = str(attempt.environment.get("host", UNKNOWN))
         rows.append([str(attempt.number), began, kept, ending(attempt, attempt.number == last), host])

@@ -25,7 +25,7 @@ h2 { font-size: 19px; letter-spacing: -.01em; margin: 44px 0 12px; padding-top: 
   border-top: 1px solid var(--rule) }
 p { margin: 0 0 10px; max-width: 78ch } .lead { color: var(--soft); font-size: 16px }
 nav a { color: var(--soft); text-decoration: none; margin-right: 18px; white-space: nowrap; display: inline-block }
- nav a:hover { color: var(--ink) }
+nav a:hover { color: var(--ink) }
 .state { font-weight: 600; color: var(--c) }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(164px, 1fr)); gap: 12px; margin: 20px 0 24px }
 .tile, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px }
@@ -48,9 +48,10 @@ figcaption b { font-size: 15px } .unit { color: var(--soft); font-size: 13px; ma
 .note, .missing { color: var(--soft); font-size: 13px; margin: 6px 0 0 }
 .missing { font-style: italic; font-size: 15px }
 .warning { border-left: 3px solid var(--c1); padding: 8px 14px; margin: 0 0 12px; background: var(--card) }
- .warning ul { margin: 4px 0 }
+.warning ul { margin: 4px 0 }
 .scroll { overflow-x: auto }
-svg { display: block; margin-top: 8px } svg.chart { width: 100%; height: auto; min-width: 400px } svg.wide { min-width: 720px }
+svg { display: block; margin-top: 8px } svg.chart { width: 100%; height: auto; min-width: 400px }
+svg.wide { min-width: 720px }
 svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif;
   fill: var(--soft); font-variant-numeric: tabular-nums }
 .grid { stroke: var(--faint) } .axis { stroke: var(--rule) }

@@ -62,6 +62,14 @@ def _table(cu_seqlens: Tensor, v: Tensor) -> ChunkTable:
     return chunk_table(cu_seqlens, v.shape[0], CHUNK, group_chunks)
 
 
+def _running_sum(x: Tensor) -> Tensor:
+    """cumsum over the last dim; on CUDA a product with a triangle of ones, since torch's own cumsum of floats there is
+    not deterministic and refuses to run in deterministic mode (documentation of ``use_deterministic_algorithms``)."""
+    if x.device.type == "cpu":
+        return x.cumsum(-1)
+    return x @ x.new_ones(x.shape[-1], x.shape[-1]).triu()
+
+
 class _Chunks:
     """What forward and backward both derive from the inputs of a group; all tensors [X, heads, ...]."""
 
@@ -73,7 +81,7 @@ class _Chunks:
         self.q.copy_(group.cut(q)).mul_(scale)
         self.k.copy_(group.cut(k))
         self.beta = group.cut(beta).to(dtype, memory_format=torch.contiguous_format)
-        G = group.cut(g).to(torch.float64).cumsum(-1)
+        G = _running_sum(group.cut(g).to(torch.float64))
         # Above the diagonal the exponent is positive and may give inf; tril_ overwrites it.
         self.D = (G.unsqueeze(-1) - G.unsqueeze(-2)).to(dtype).exp_().tril_()
         self.from_start = G.exp().to(dtype)
@@ -226,14 +234,14 @@ def _backward_group(
     # Through the entering state.
     dread = (dY.flatten(2, 3) @ states.mT).view(X, Hv, 2, C, -1).mul_(from_start.unsqueeze(2))
     along_z = (chunks.grouped(dread) * chunks.Z.unsqueeze(2)).sum(-1).flatten(1, 2).sum(2)
-    dg += along_z.flip(-1).cumsum(-1).flip(-1)
+    dg += _running_sum(along_z.flip(-1)).flip(-1)
     dZ += chunks.grouped(dread).sum(2)
 
     # Through the leaving state.
     dwrite = (e @ dleaving.mT).mul_(to_end)
     along_k = (chunks.grouped(dwrite) * chunks.k.unsqueeze(2)).sum(-1).flatten(1, 2)
     dbeta += along_k
-    dg[..., 1:] += (along_k * beta).cumsum(-1)[..., :-1]
+    dg[..., 1:] += _running_sum(along_k * beta)[..., :-1]
     dg += (dleaving * states).sum((-2, -1)).unsqueeze(-1) * chunks.whole.squeeze(-1)
     dk += chunks.grouped(dwrite.mul_(beta.unsqueeze(-1))).sum(2)
     return dlive, dZ[:, :, 0], dk.add_(dZ[:, :, 1]), dv, dg, dbeta

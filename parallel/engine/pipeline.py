@@ -23,9 +23,9 @@ def megatron_config(groups: Groups, width: int, num_layers: int, dtype: torch.dt
     plan = groups.plan
     interleaved = plan.vpp > 1
     return TransformerConfig(
-        num_layers=max(num_layers, plan.pp * plan.vpp),
+        num_layers=num_layers,
         hidden_size=width,
-        num_attention_heads=plan.tp,
+        num_attention_heads=plan.tp,  # unread, but must be a multiple of tp; heads are the model's own affair
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         virtual_pipeline_model_parallel_size=plan.vpp if interleaved else None,

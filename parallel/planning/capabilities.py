@@ -94,15 +94,15 @@ def refused() -> list[str]:
     return sorted(alone + apart)
 
 
-def smallest_plan(
-    features: Iterable[str], *, num_layers: int, global_batch: int, degree: int = 2
-) -> ParallelPlan:
+def smallest_plan(features: Iterable[str], *, num_layers: int, global_batch: int, degree: int = 2) -> ParallelPlan:
     """The smallest plan in which all of ``features`` (axes, with what they need) are at work at ``degree``.
 
     dp replicates whatever the other axes shard: (dp, ep) at degree 2 is four ranks, each expert held twice. The
     optimizer is sharded only where ``zero1`` asks. Raises Refusal where the features are not supported together.
     """
     used = _with_needs(features)
+    if used >= {"ep", "etp"}:
+        used.add("tp")  # both cuts of the experts over dp alone would ask for a batch of eight parts and more
     found, reason = status(*sorted(used))
     if found != "supported":
         raise Refusal(f"{', '.join(sorted(used))}: {found}, {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from launch.cli import main
 from pretrain.config import load
 from pretrain.loop import train
 from pretrain.run import World, validate
@@ -25,3 +26,12 @@ def run(source: str, overrides: list[str]) -> str:
     if attempt is not None:
         attempt.finish(ended.exit_class, ended.cause, ended.rank)
     return ended.exit_class.value
+
+
+def stoker(*arguments: str) -> int:
+    """A command of ``stoker`` in the pool's world of one; its exit code."""
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        return int(str(ended.code))
+    raise AssertionError("main() always exits")

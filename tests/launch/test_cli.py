@@ -59,7 +59,7 @@ def test_p7_train_refuses_in_one_line_before_any_rank_starts(
     overrides, says = REFUSED[case]
     arguments = ["train", "no-such-preset"] if overrides is None else ["train", config, "--ranks=2", *overrides]
     assert stoker(*arguments) == 2
-    out, err = capfd.readouterr()
+    err = capfd.readouterr().err
     assert err.startswith("refused: ") and err.count("\n") == 1 and says in err, err
     assert not (config.parent / "runs").exists(), "a refusal touches nothing"
 

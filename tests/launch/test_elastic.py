@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,6 @@ LAYOUTS = {
 }
 #: Relative, as P4: float64, the layouts differ in the order of their sums only.
 TOLERANCE = 1e-10
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 def check(pool: Pool, folder: Path, save_under: str, *resume_under: str) -> None:

@@ -17,7 +17,9 @@ from launch.torchrun import Torchrun
 from pretrain.attempt import read_exit
 from pretrain.config import load
 from pretrain.rundir import attempt_path, attempts, committed_steps
+from tests.launch import jobs
 from tests.launch.tiny import fixed, tiny
+from tests.parity.pool import Pool
 
 STEPS = 40
 OVERRIDES = [f"run.steps={STEPS}", "parallel.ep=2", "checkpoint.every=6"]
@@ -29,14 +31,10 @@ def wait_for(condition: Callable[[], bool], torchrun: Torchrun) -> None:
 
 
 def test_p5_killed_then_asked_to_end_then_finished_is_the_run_that_was_not(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    pool: Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tiny(tmp_path))
-    assert train(path, [*OVERRIDES, "run.name=whole"], 2) == 0
-    said = capfd.readouterr()
-    assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m pretrain" in said.out
-    assert said.err == "", "a run that goes well has nothing to say on stderr"
-
+    assert pool.run(2, jobs.run, path, [*OVERRIDES, "run.name=whole"]) == ["done", "done"]
     overrides = [*OVERRIDES, "run.name=cut"]
     root = tmp_path / "runs" / "cut"
     kill = Kill(load(path, overrides), pause_s=0.1)
@@ -59,7 +57,11 @@ def test_p5_killed_then_asked_to_end_then_finished_is_the_run_that_was_not(
     assert f"preempted: asked to end; step {max(committed_steps(root))} is saved" in capfd.readouterr().err
     assert max(committed_steps(root)) < STEPS
 
+    capfd.readouterr()
     assert train(path, overrides, 2) == 0
+    said = capfd.readouterr()
+    assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m pretrain" in said.out
+    assert said.err == "", "a run that goes well has nothing to say on stderr"
     assert attempts(root) == [1, 2, 3]
     assert fixed(root) == fixed(tmp_path / "runs" / "whole")
 

@@ -65,7 +65,9 @@ class Difference:
         """What is further apart than these bounds, NaN included; empty if the runs agree."""
         bounds = {"loss": loss, "norm": norm, "aux": aux, "tensors": tensors}
         measured = {key: getattr(self, key) for key in bounds}
-        found = [f"{key} {value:.1e} > {bounds[key]:.0e}" for key, value in measured.items() if not value <= bounds[key]]
+        found = [
+            f"{key} {value:.1e} > {bounds[key]:.0e}" for key, value in measured.items() if not value <= bounds[key]
+        ]
         if not self.same_load:
             found.append("expert loads differ")
         return found + [f"replicas of {name} differ" for name in self.drifted]

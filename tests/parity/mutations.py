@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from dataio.types import Batch
+from dataio.types import Batch, Part
 from pretrain import trainer as product
 from pretrain.model.batch import MicroBatch
 from pretrain.objective import Normalisers
@@ -156,11 +156,10 @@ def _initialisation_by_rank() -> Iterator[None]:
 @contextmanager
 def _rows_of_another_rank() -> Iterator[None]:
     """The last data rank reads the rows of the first."""
-    real = Trainer.part.fget
-    assert real is not None
+    real = vars(Trainer)["part"]
 
-    def part(self: Trainer) -> Any:
-        own = real(self)
+    def part(self: Trainer) -> Part:
+        own: Part = real.fget(self)
         return replace(own, dp_index=own.dp_index % (own.dp_size - 1))
 
     with patch.object(Trainer, "part", property(part)):

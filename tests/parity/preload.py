@@ -8,8 +8,8 @@ from parallel.engine import seam
 
 seam.install()
 
-import megatron.core.distributed  # noqa: E402, F401
-import megatron.core.pipeline_parallel.schedules  # noqa: E402, F401
+import megatron.core.distributed  # noqa: E402
+import megatron.core.pipeline_parallel.schedules  # noqa: E402
 import megatron.core.transformer  # noqa: E402, F401
 
 import pretrain.trainer  # noqa: E402, F401

@@ -1,4 +1,4 @@
-"""P4 in full: every pair of axes that the capability table supports, and a sample of triples that changes by the day."""
+"""P4 in full: every pair of axes that the capability table supports, and a sample of triples that changes daily."""
 
 from __future__ import annotations
 

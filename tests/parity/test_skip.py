@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from parallel.planning.plan import ParallelPlan
+from pretrain.trainer import Trainer
 from tests.parity import jobs
 from tests.parity.pool import Pool
 from tests.parity.specs import HYBRID, plan
@@ -16,21 +20,26 @@ SKIP_LIMIT = 2
 Where = Literal["gradient", "loss"]
 
 
-def poison(trainer: Any, where: Where, rank: int) -> None:
-    """From now on one element of one gradient, or the loss of one micro-batch, is NaN on one rank only."""
+@contextmanager
+def poisoned(trainer: Trainer, where: Where, rank: int) -> Iterator[None]:
+    """One element of one gradient, or the loss of every micro-batch, is NaN on one rank only."""
+    reduce, run = trainer.replicas.reduce_gradients, trainer.pipeline.run
+
+    def reduce_gradients() -> None:
+        trainer.replicas.chunks[0].buffers[0].grad_data[3] = torch.nan
+        reduce()
+
+    def losses(*batches: Any, **options: Any) -> list[torch.Tensor]:
+        return [loss * torch.nan for loss in run(*batches, **options)]
+
     if trainer.groups.rank != rank:
-        return
-    if where == "gradient":
-        reduce = trainer.replicas.reduce_gradients
-
-        def poisoned() -> None:
-            trainer.replicas.chunks[0].buffers[0].grad_data[3] = torch.nan
-            reduce()
-
-        trainer.replicas.reduce_gradients = poisoned
+        yield
+    elif where == "gradient":
+        with patch.object(trainer.replicas, "reduce_gradients", reduce_gradients):
+            yield
     else:
-        run = trainer.pipeline.run
-        trainer.pipeline.run = lambda *batches, **options: [loss * torch.nan for loss in run(*batches, **options)]
+        with patch.object(trainer.pipeline, "run", losses):
+            yield
 
 
 def skipped(layout: dict[str, Any], where: Where, rank: int) -> tuple[list[str], list[str], bool]:
@@ -40,10 +49,10 @@ def skipped(layout: dict[str, Any], where: Where, rank: int) -> tuple[list[str],
     verdicts, hashes = [jobs.step(trainer, 0)[1]], [trainer.state_hash()]
     routers = trainer.routers.values()
     moved = all(bool(router.load.any()) and bool(router.bias.any()) for router in routers if router.bias is not None)
-    poison(trainer, where, rank)
-    for index in range(1, SKIP_LIMIT + 2):
-        verdicts.append(jobs.step(trainer, index)[1])
-        hashes.append(trainer.state_hash())
+    with poisoned(trainer, where, rank):
+        for index in range(1, SKIP_LIMIT + 2):
+            verdicts.append(jobs.step(trainer, index)[1])
+            hashes.append(trainer.state_hash())
     return verdicts, hashes, moved
 
 
@@ -72,10 +81,8 @@ def goes_on(layout: dict[str, Any]) -> str:
     """The state after a good step, a poisoned one, and a good one again."""
     trainer = jobs.make_trainer(HYBRID, layout, "float32")
     jobs.step(trainer, 0)
-    reduce = trainer.replicas.reduce_gradients
-    poison(trainer, "gradient", 0)
-    assert jobs.step(trainer, 1)[1] == "skip"
-    trainer.replicas.reduce_gradients = reduce
+    with poisoned(trainer, "gradient", 0):
+        assert jobs.step(trainer, 1)[1] == "skip"
     assert jobs.step(trainer, 2)[1] == "apply"
     return trainer.state_hash()
 
