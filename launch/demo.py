@@ -28,9 +28,10 @@ from stoker.errors import Refusal
 from stoker.files import read_jsonl
 
 PRESET, DATA, RANKS = "demo", Path("data/demo"), 2
-#: Experts over the two ranks. LAYOUT_REASON says why, as measured.
+#: Experts over the two ranks: of the model-parallel axes the fastest for this model, in processor time a step (tp 1.5
+#: and pp 1.3 times as much; two cores, gloo, November 2026).
 LAYOUT = ("parallel.ep=2",)
-LAYOUT_REASON = "experts are exchanged once a layer; tensor parallelism would gather every layer's activations twice"
+LAYOUT_REASON = "experts are exchanged in their own layers only; tensor parallelism would gather in every layer"
 PROMPTS = {
     "code": "def read_lines(path):\n",
     "prose": "The following example shows how to",
@@ -67,7 +68,9 @@ class Kill:
                 self.rank, process = self.chance.choice(sorted(ranks.items()))
                 process.kill()
                 self.checkpoint, self.step = max(committed_steps(root)), num_lines(root)
-                print(f"rank {self.rank} was sent SIGKILL in step {self.step}", flush=True)
+                print(
+                    f"rank {self.rank} was sent SIGKILL in step {self.step}; the other will say it is gone", flush=True
+                )
                 return
             time.sleep(0.05)
 

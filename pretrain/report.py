@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.report_curves import curves, draws, heldout
-from pretrain.report_layout import experts, layout
-from pretrain.report_markup import node, to_html
-from pretrain.report_record import Record, read_record
-from pretrain.report_run import attempts, configuration, header, versions
-from pretrain.report_style import STYLE
+from pretrain.figures.curves import curves, draws, heldout
+from pretrain.figures.layout import experts, layout
+from pretrain.figures.markup import node, to_html
+from pretrain.figures.record import Record, read_record
+from pretrain.figures.run import attempts, configuration, header, run_facts, tiles, versions
+from pretrain.figures.style import STYLE
 from stoker.files import write_atomic
 from stoker.version import VERSION
 
@@ -54,10 +54,10 @@ def page(record: Record) -> bytes:
         node("title", f"{record.name}: run report"),
         node("style", STYLE),
     )
-    opening, *summary = header(record)
-    opening.append(node("nav", *(node("a", title, href=f"#{_anchor(title)}") for title in SECTIONS)))
+    links = node("nav", *(node("a", title, href=f"#{_anchor(title)}") for title in SECTIONS))
     foot = node("footer", f"Stoker {VERSION}. Point at a curve, a cell or a rank to see its numbers.")
-    return to_html(node("html", head, node("body", opening, *summary, *sections, foot), lang="en"))
+    body = node("body", header(record), links, tiles(record), run_facts(record), *sections, foot)
+    return to_html(node("html", head, body, lang="en"))
 
 
 def _anchor(title: str) -> str:

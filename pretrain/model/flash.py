@@ -28,7 +28,7 @@ def usable(q: torch.Tensor) -> bool:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
-    """q [N, H, K], k and v [N, G, K], documents bounded by ``cu_seqlens``, none longer than ``longest`` -> [N, H, K]."""
+    """q [N, H, K], k and v [N, G, K], documents bounded by ``cu_seqlens``, none over ``longest`` -> [N, H, K]."""
     bounds = cu_seqlens.to(torch.int32)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return _varlen()(q, k, v, bounds, bounds, longest, longest, causal=True, deterministic=deterministic)

@@ -17,9 +17,10 @@ MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (HOME / "Makefile").read_text(), r
 
 
 def commands() -> list[list[str]]:
-    """Every line of the ``sh`` blocks, split as a shell would, comments left out."""
+    """Every line of the ``sh`` blocks and every command in a sentence, split as a shell would, comments left out."""
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`((?:stoker|make|torchrun|python) [^`]+)`", README)
+    lines = [shlex.split(line, comments=True) for line in (*"\n".join(blocks).splitlines(), *inline)]
     return [words for words in lines if words]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from launch.cli import main
+from pretrain import determinism
 from pretrain.config import load
 from pretrain.loop import train
 from pretrain.run import World, validate
@@ -15,6 +16,8 @@ from pretrain.session import Session
 def run(source: str, overrides: list[str]) -> str:
     """Train under the pool's process group to the end of the run; how the attempt ended."""
     config = load(source, [*overrides, "log.quiet=true"])
+    if config.run.deterministic:
+        determinism.enter()
     rank, size = dist.get_rank(), dist.get_world_size()
     start = validate(config, World(rank, size, rank))
     attempt = begin(start, config, config.plan(size)) if start else None

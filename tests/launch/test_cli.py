@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import typer
 
-from launch.cli import main
+from launch.cli import app, main
 from tests.house.sources import HOME
 from tests.launch.tiny import tiny
 
@@ -39,7 +41,7 @@ REFUSED = {
     "batch that does not divide": (["train.global_batch=7"], "global_batch=6 or 8"),
     "heads that do not divide": (["parallel.tp=4", "parallel.sequence_parallel=true", "--ranks=4"], "tp=4"),
     "experts that do not divide": (["parallel.ep=8", "--ranks=8", "train.global_batch=8"], "moe.num_experts=4"),
-    "experts without sequence parallelism": (["parallel.tp=2"], "sequence_parallel=true"),
+    "sequence parallelism of one rank": (["parallel.sequence_parallel=true"], "it needs tp > 1"),
     "context parallelism": (["parallel.cp=2"], "use cp=1"),
     "interleaving without a pipeline": (["parallel.vpp=2"], "pp > 1"),
     "more chunks than layers": (["parallel.pp=2", "parallel.vpp=2"], "layers"),
@@ -108,7 +110,7 @@ def test_what_is_not_a_command_is_refused_by_usage(arguments: list[str], capfd: 
 def test_p9_help_doctor_and_plan_import_nothing_heavy(arguments: list[str]) -> None:
     program = f"""
 import sys
-from launch.cli import main
+from launch.cli import app, main
 try:
     main({arguments!r})
 except SystemExit as ended:
@@ -147,3 +149,14 @@ def test_verify_names_a_damaged_store(config: Path, tmp_path: Path, capfd: pytes
 def test_stats_counts_what_is_in_a_store(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert stoker("data", "stats", config.parent / "train") == 0
     assert "6,000 tokens" in capfd.readouterr().out
+
+
+def test_what_is_listed_is_built_and_says_what_it_is_for() -> None:
+    commands = typer.main.get_command(app)
+    assert isinstance(commands, click.Group)
+    assert set(commands.commands) == {"train", "plan", "doctor", "generate", "report", "bench", "data", "checkpoint"}
+    todo: list[click.Command] = [commands]
+    while todo:
+        command = todo.pop()
+        assert command.help, command.name
+        todo += command.commands.values() if isinstance(command, click.Group) else []

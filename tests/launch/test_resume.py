@@ -21,8 +21,8 @@ from tests.launch import jobs
 from tests.launch.tiny import fixed, tiny
 from tests.parity.pool import Pool
 
-STEPS = 40
-OVERRIDES = [f"run.steps={STEPS}", "parallel.ep=2", "checkpoint.every=6"]
+STEPS = 30
+OVERRIDES = [f"run.steps={STEPS}", "parallel.ep=2", "checkpoint.every=5"]
 
 
 def wait_for(condition: Callable[[], bool], torchrun: Torchrun) -> None:
@@ -30,6 +30,7 @@ def wait_for(condition: Callable[[], bool], torchrun: Torchrun) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.timeout(900)
 def test_p5_killed_then_asked_to_end_then_finished_is_the_run_that_was_not(
     pool: Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +68,7 @@ def test_p5_killed_then_asked_to_end_then_finished_is_the_run_that_was_not(
 
 
 @pytest.mark.verify
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_p5_ten_kills_at_random_moments_and_in_saves_change_nothing(tmp_path: Path) -> None:
     path = str(tiny(tmp_path))
     steps = [*OVERRIDES, "run.steps=120", "checkpoint.every=4"]

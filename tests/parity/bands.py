@@ -1,7 +1,7 @@
-"""``python -m tests.parity.bands``: how far float32 and bfloat16 curves lie from one process, written to docs/parity.md.
+"""``python -m tests.parity.bands``: how far float32 and bfloat16 curves lie from one process, into docs/parity.md.
 
 A layout adds in another order, so below float64 its curve is not that of one process. The band of an axis is the
-largest relative difference of the loss over the steps; what a change of micro-batch does on one process is the yardstick.
+largest relative difference of the loss over the steps; the yardstick is what other micro-batches do on one process.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def table(bands: dict[str, dict[str, tuple[float, float]]], steps: int) -> str:
     lines = [
         f"Measured {datetime.date.today().isoformat()} on CPU and gloo with {packages}, by "
         f"`python -m tests.parity.bands --steps {steps}`:",
-        "the hybrid mixture of experts of the suite, learning rate 1e-3, against one process of the same dtype; largest",
-        f"relative difference of the loss in the first {max(1, steps // 10)} steps / in all {steps}.",
+        "the hybrid mixture of experts of the suite, learning rate 1e-3, against one process of the same dtype;",
+        f"largest relative difference of the loss in the first {max(1, steps // 10)} steps / in all {steps}.",
         "",
         "| layout | " + " | ".join(bands) + " |",
         "|---|" + "---|" * len(bands),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,11 @@ class Difference:
             f"loss {self.loss:.1e}  norm {self.norm:.1e}  aux {self.aux:.1e}  "
             f"tensors {self.tensors:.1e} ({self.worst_tensor})"
         )
+
+
+#: The fixture ``compare(spec, plan, steps, mutation=None, name="")``: a float64 run under the plan against one process;
+#: with a name, it is told at the end of the session.
+Compare = Callable[..., Difference]
 
 
 def difference(run: Run, reference: Run) -> Difference:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -10,15 +10,12 @@ import pytest
 from parallel.planning.plan import ParallelPlan
 from pretrain.spec import ModelSpec
 from tests.parity import jobs
-from tests.parity.compare import Difference, Run, assemble, difference
+from tests.parity.compare import Compare, Difference, Run, assemble, difference
 from tests.parity.pool import Pool
 from tests.parity.specs import ONE
 
 #: (name of the case, how far it was from one process) in the order of the tests.
 _MEASURED = pytest.StashKey[list[tuple[str, Difference]]]()
-
-#: ``compare(spec, plan, steps, mutation=None)``: a float64 run under the plan against one process.
-Compare = Callable[..., Difference]
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 
 from parallel.planning.capabilities import TABLE, features_of
 from parallel.planning.plan import ParallelPlan
-from tests.parity.conftest import Compare
+from tests.parity.compare import Compare
 from tests.parity.specs import DENSE, HYBRID, SPECS, plan
 
 STEPS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parallel.planning.plan import ParallelPlan
-from tests.parity.conftest import Compare
+from tests.parity.compare import Compare
 from tests.parity.mutations import MUTATIONS
 from tests.parity.specs import HYBRID, plan
 

@@ -13,7 +13,7 @@ import pytest
 from parallel.planning.capabilities import TABLE, pairs, smallest_plan, status
 from parallel.planning.plan import ParallelPlan
 from tests.parity.batches import GLOBAL_BATCH
-from tests.parity.conftest import Compare
+from tests.parity.compare import Compare
 from tests.parity.specs import HYBRID, SEQ_LEN, plan
 
 STEPS = 20

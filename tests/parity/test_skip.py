@@ -11,19 +11,22 @@ import pytest
 import torch
 
 from parallel.planning.plan import ParallelPlan
+from pretrain.model.norm import RMSNorm
 from pretrain.trainer import Trainer
 from tests.parity import jobs
 from tests.parity.pool import Pool
 from tests.parity.specs import HYBRID, plan
 
 SKIP_LIMIT = 2
-Where = Literal["gradient", "loss"]
+Where = Literal["activation", "gradient", "loss"]
 
 
 @contextmanager
 def poisoned(trainer: Trainer, where: Where, rank: int) -> Iterator[None]:
-    """One element of one gradient, or the loss of every micro-batch, is NaN on one rank only."""
+    """A layer's activations, one element of one gradient, or the loss of every micro-batch: NaN on one rank only."""
     reduce, run = trainer.replicas.reduce_gradients, trainer.pipeline.run
+    norm = next(module for module in trainer.chunks[0].modules() if isinstance(module, RMSNorm))
+    normed = norm.forward
 
     def reduce_gradients() -> None:
         trainer.replicas.chunks[0].buffers[0].grad_data[3] = torch.nan
@@ -34,6 +37,9 @@ def poisoned(trainer: Trainer, where: Where, rank: int) -> Iterator[None]:
 
     if trainer.groups.rank != rank:
         yield
+    elif where == "activation":
+        with patch.object(norm, "forward", lambda x: normed(x) * torch.nan):
+            yield
     elif where == "gradient":
         with patch.object(trainer.replicas, "reduce_gradients", reduce_gradients):
             yield
@@ -64,7 +70,7 @@ LAYOUTS: dict[str, ParallelPlan] = {
 }
 
 
-@pytest.mark.parametrize(("where", "rank"), [("gradient", 0), ("gradient", 1), ("loss", 1)])
+@pytest.mark.parametrize(("where", "rank"), [("activation", 1), ("gradient", 0), ("gradient", 1), ("loss", 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
     layout: str, where: Where, rank: int, pool: Pool

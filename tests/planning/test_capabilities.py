@@ -35,6 +35,14 @@ def test_p4_the_refused_list_is_the_reviewed_file() -> None:
     assert refused() == reviewed()
 
 
+def test_p4_the_document_tells_everything_that_is_refused() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
+    told = [line for line in document.splitlines() if line.startswith("|")]
+    for line in refused():
+        names = line.split(" | ")[0].split()
+        assert any(all(name in row for name in names) for row in told), line
+
+
 def test_p4_the_engine_supports_the_axes_of_the_promise() -> None:
     promised = ("tp", "sp", "pp", "vpp", "ep", "etp", "dp", "zero1", "recompute_selective", "recompute_full")
     assert set(AXES) == set(promised)

@@ -22,12 +22,12 @@ from pretrain import rundir
 from pretrain.attempt import ExitClass
 from pretrain.config import load
 from pretrain.events import METRICS, StepEvent, Timing
+from pretrain.figures.chart import Line, Marks, decimate, line_chart, line_table, not_drawn, smooth, ticks
+from pretrain.figures.curves import NO_STEPS
+from pretrain.figures.layout import heat_map
+from pretrain.figures.markup import duration, node, number, short, to_html
+from pretrain.figures.record import Loads, read_loads, read_record
 from pretrain.report import SECTIONS, write_report
-from pretrain.report_chart import Line, Marks, decimate, line_chart, line_table, not_drawn, smooth, ticks
-from pretrain.report_curves import NO_STEPS
-from pretrain.report_layout import heat_map
-from pretrain.report_markup import duration, node, number, short, to_html
-from pretrain.report_record import Loads, read_loads, read_record
 from stoker.errors import Refusal
 
 VOID = {"meta", "br"}
@@ -80,9 +80,13 @@ def skipped(step: int) -> StepEvent:
     return event(step, loss=math.nan, grad_norm=math.inf, verdict="skip", applied=False)
 
 
+#: What the numbers below are counted from, whatever the preset is tuned to.
+FIXED = ("run.steps=240", "train.global_batch=16", "train.micro_batch=1")
+
+
 def make_run(root: Path, events: Sequence[StepEvent], overrides: Sequence[str] = (), preset: str = "demo") -> Path:
     """A run directory as the trainer writes it, one attempt under way and no checkpoint."""
-    config = load(preset, [f"run.dir={root.parent}", f"run.name={root.name}", "train.micro_batch=1", *overrides])
+    config = load(preset, [f"run.dir={root.parent}", f"run.name={root.name}", *FIXED, *overrides])
     rundir.begin(rundir.Start(root, 1, None), config, config.plan(8)).close()
     (root / METRICS).write_text("".join(one.to_line() + "\n" for one in events))
     return root
@@ -198,7 +202,7 @@ def test_what_is_no_run_directory_is_refused_and_left_alone(tmp_path: Path) -> N
 
 def test_attempts_tell_where_they_began_and_how_they_ended(tmp_path: Path) -> None:
     root = make_run(tmp_path / "twice", [event(s) for s in range(60)] + [event(s, attempt=2) for s in range(40, 64)])
-    config = load("demo", [f"run.dir={root.parent}", f"run.name={root.name}", "train.micro_batch=1"])
+    config = load("demo", [f"run.dir={root.parent}", f"run.name={root.name}", *FIXED])
     attempt = rundir.begin(rundir.Start(root, 2, 40), config, config.plan(8))
     attempt.finish(ExitClass.STOPPED, "step 63: 11 steps in a row", None)
     page = Page(write_report(root))

@@ -11,8 +11,8 @@ from xml.etree.ElementTree import Element
 
 from pretrain.attempt import ExitClass
 from pretrain.config import ELEMENT_BYTES, RunConfig
-from pretrain.report_markup import UNKNOWN, duration, facts, node, number, short, table
-from pretrain.report_record import AttemptRecord, Record
+from pretrain.figures.markup import UNKNOWN, duration, facts, node, number, short, table
+from pretrain.figures.record import AttemptRecord, Record
 from pretrain.spec import Attention, Dense, FeedForward, GatedDelta, Mixer, ModelSpec, MoE
 from pretrain.workload import workload_of
 
@@ -26,14 +26,15 @@ NAMES: Mapping[type, str] = {
 GOOD_ENDS = {ExitClass.DONE: "c2", ExitClass.PREEMPTED: "c4"}
 
 
-def header(record: Record) -> list[Element]:
+def header(record: Record) -> Element:
+    """Name, state, and what could not be read."""
     look, state = _state(record)
     lead = node("p", node("span", state, class_=f"state {look}"), ". ", _progress(record), class_="lead")
     found = [node("h1", record.name), lead]
     if record.unreadable:
         items = (node("li", sentence) for sentence in record.unreadable)
         found.append(node("div", node("b", "Not shown, or not in full:"), node("ul", *items), class_="warning"))
-    return [node("header", *found), tiles(record), run_facts(record)]
+    return node("header", *found)
 
 
 def _state(record: Record) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pretrain.report_markup import node, number, table
+from pretrain.figures.markup import node, number, table
 
 #: Pixels.
 WIDE, NARROW, TALL, LOW = 1040, 510, 300, 210

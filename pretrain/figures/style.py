@@ -19,7 +19,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 1136px; padding: 40px 24px 72px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-header { margin-bottom: 24px }
+header { margin-bottom: 8px }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 6px }
 h2 { font-size: 19px; letter-spacing: -.01em; margin: 44px 0 12px; padding-top: 16px;
   border-top: 1px solid var(--rule) }

@@ -11,9 +11,9 @@ import numpy as np
 from dataio.log import DataLog
 from parallel.planning.drawings import PALETTE
 from pretrain.events import StepEvent
-from pretrain.report_chart import Line, Marks, line_chart, line_table, not_drawn, smooth
-from pretrain.report_markup import figure, node, number, share, table
-from pretrain.report_record import Record
+from pretrain.figures.chart import Line, Marks, line_chart, line_table, not_drawn, smooth
+from pretrain.figures.markup import UNKNOWN, figure, node, number, share, table
+from pretrain.figures.record import Record
 
 NO_STEPS = "No step has been trained."
 #: A smoothed curve is the median over this share of the run, to either side.
@@ -119,26 +119,25 @@ def draws(record: Record) -> list[Element]:
     steps = [event.step for event in record.events]
     drawn = np.array([[event.draws.get(name, 0) for name in names] for event in record.events], np.float64)
     asked = _asked(record.data_log, steps, drawn.sum(1), names)
-    total, total_asked = np.cumsum(drawn, 0), None if asked is None else np.cumsum(asked, 0)
+    windows = np.maximum(drawn.cumsum(0).sum(1, keepdims=True), 1)
+    shares, wanted = drawn.cumsum(0) / windows, None if asked is None else asked.cumsum(0) / windows
     lines, rows = [], []
-    all_drawn = np.maximum(total.sum(1), 1)
     for index, name in enumerate(names):
-        look = f"c{index % PALETTE}"
-        lines.append(Line.of(name, look, steps, 100 * total[:, index] / all_drawn))
-        got, wanted = total[-1, index] / all_drawn[-1], None
-        if total_asked is not None:
-            lines.append(Line.of(f"{name}, blend", look + " dashed", steps, 100 * total_asked[:, index] / all_drawn))
-            wanted = total_asked[-1, index] / all_drawn[-1]
-        differs = "unknown" if wanted is None else f"{100 * (got - wanted):+.2f}"
-        rows.append(
-            [name, f"{total[-1, index]:,.0f}", share(got), "unknown" if wanted is None else share(wanted), differs]
-        )
-    head = ["source", "windows", "share", "blend", "difference, points"]
-    note = "" if asked is not None else "What the blend asked for is unknown."
+        look, share_drawn = f"c{index % PALETTE}", shares[:, index]
+        lines.append(Line.of(name, look, steps, 100 * share_drawn))
+        row = [name, f"{drawn[:, index].sum():,.0f}", share(share_drawn[-1])]
+        if wanted is None:
+            rows.append([*row, UNKNOWN, UNKNOWN])
+        else:
+            share_wanted = wanted[:, index]
+            lines.append(Line.of(f"{name}, blend", f"{look} dashed", steps, 100 * share_wanted))
+            rows.append([*row, share(share_wanted[-1]), f"{100 * (share_drawn - share_wanted)[-1]:+.2f}"])
+    summary = table(["source", "windows", "share", "blend", "difference, points"], rows)
+    note = "What the blend asked for is unknown." if wanted is None else ""
     legend = [(line.look, line.name) for line in lines]
     picture = line_chart(lines, marks(record.events), wide=True, floor=0.0)
-    below = (table(head, rows), note)
-    return [figure("Draws by source", "% of windows so far", picture, *below, legend=legend, numbers=line_table(lines))]
+    unit = "% of windows so far"
+    return [figure("Draws by source", unit, picture, summary, note, legend=legend, numbers=line_table(lines))]
 
 
 def _asked(log: DataLog | None, steps: list[int], windows: np.ndarray, names: list[str]) -> np.ndarray | None:

@@ -17,8 +17,8 @@ from parallel.planning.drawings import (
     ranks_text,
 )
 from parallel.planning.plan import ParallelPlan
-from pretrain.report_markup import UNKNOWN, facts, figure, node, number, table
-from pretrain.report_record import Loads, Record
+from pretrain.figures.markup import UNKNOWN, facts, figure, node, number, table
+from pretrain.figures.record import Loads, Record
 
 #: Shades of the heat map to either side of even; layers that have tall rows; experts that have numbers in their cells.
 LEVELS, FEW_LAYERS, READABLE = 5, 24, 24
