@@ -2,13 +2,13 @@
 
 `data_log.jsonl` holds a header (seed, tokenizer, block size: fixed for the run) and then one segment a line, each with
 the step from which it holds. Changing the blend, the sequence length or the global batch, and passing over batches that
-did harm, is to append a segment; nothing is ever rewritten, and no segment may hold from a step that has begun. The
+did harm, is to append a segment; nothing is ever rewritten, and no segment may hold from a step that has begun. A
+segment takes the place of earlier lines that were to hold from its step or a later one: so a plan is changed. The
 order of the data is a function of this log and the step alone.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from dataio.order import BLOCK_TOKENS, GROUP_BLOCKS, require_seq_len
 from dataio.types import TokenizerId
 from stoker import canonical, formats
 from stoker.errors import Refusal
-from stoker.files import append_line, read_jsonl
+from stoker.files import append_line, parse_jsonl
 
 FORMAT = "stoker.data_log"
 VERSION_READ = 1
@@ -79,22 +79,36 @@ class DataLog:
     path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        steps = [segment.from_step for segment in self.segments]
-        if not steps or steps[0] != 0 or self.segments[0].skip_batches:
+        standing = self.standing
+        if not standing or standing[0].from_step != 0 or standing[0].skip_batches:
             raise Refusal(f"{self.path or 'data log'}: the first segment must hold from step 0 and skip nothing")
-        if any(after <= before for before, after in itertools.pairwise(steps)):
-            raise Refusal(f"{self.path or 'data log'}: segments must hold from increasing steps, not {steps}")
         for segment in self.segments:
             require_seq_len(segment.seq_len, self.block_tokens)
+
+    @property
+    def standing(self) -> tuple[Segment, ...]:
+        """The segments that hold, in order of their steps: those that no later line took the place of."""
+        standing: list[Segment] = []
+        for segment in self.segments:
+            while standing and standing[-1].from_step >= segment.from_step:
+                standing.pop()
+            standing.append(segment)
+        return tuple(standing)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> DataLog:
         """Read a log. Refuses one that is missing, damaged or newer; a torn last line was never appended."""
-        path = Path(path)
         try:
-            lines = read_jsonl(path)
+            content = Path(path).read_bytes()
         except FileNotFoundError:
             raise Refusal(f"{path}: there is no data log; a run writes it when it starts") from None
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: str | os.PathLike[str]) -> DataLog:
+        """As ``open``, of what was read from `path` before."""
+        path = Path(path)
+        lines = parse_jsonl(content, path)
         if not lines:
             raise Refusal(f"{path}: the data log is empty; remove it to start the run again")
         header, *segments = lines
@@ -141,8 +155,8 @@ class DataLog:
         return longer
 
     def segment_at(self, step: int) -> int:
-        """Index of the segment that holds at `step`."""
-        return bisect_right([segment.from_step for segment in self.segments], step) - 1
+        """Index in ``standing`` of the segment that holds at `step`."""
+        return bisect_right([segment.from_step for segment in self.standing], step) - 1
 
     def hash(self, num_segments: int | None = None) -> str:
         """SHA-256 of the log up to its first `num_segments` segments (default: all): what a checkpoint remembers."""

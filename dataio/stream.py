@@ -62,8 +62,8 @@ class BlendedStream:
 
     def __init__(self, log: DataLog, stores: Mapping[str, Store]) -> None:
         """Refuses a store that is missing from `stores`, or is not the data or the tokenizer that the log names."""
-        names = dict.fromkeys(name for segment in log.segments for name in sorted(segment.blend))
-        for segment in log.segments:
+        names = dict.fromkeys(name for segment in log.standing for name in sorted(segment.blend))
+        for segment in log.standing:
             for name, dataset_id in segment.datasets.items():
                 _require_data(log, name, dataset_id, stores.get(name))
         self.log = log
@@ -83,7 +83,7 @@ class BlendedStream:
         }
         cursors = dict.fromkeys(self._sources, Cursor())
         prepared: list[_Segment] = []
-        for segment in log.segments:
+        for segment in log.standing:
             first_draw = 0
             if prepared:
                 before = prepared[-1]
@@ -175,10 +175,10 @@ class BlendedStream:
             "log_sha256": self.log.hash(),
         }
 
-    def require_state(self, state: Mapping[str, Any], where: str = "checkpoint") -> None:
-        """Refuse to go on from a state (of `where`) whose data this stream does not continue.
+    def require_state(self, state: Mapping[str, Any], next_step: int, where: str = "checkpoint") -> None:
+        """Refuse to go on at `next_step` from a state (of `where`) whose data this stream does not continue.
 
-        The log may have grown since; what it had then must be unchanged.
+        The log may have grown since, for steps to come; what it had then must be unchanged.
         """
         formats.require(state, FORMAT, VERSION_READ, where)
         segments = state["segments"]
@@ -195,19 +195,32 @@ class BlendedStream:
                 f"{where}: its data log ({segments} segments) is not the beginning of {self.log.path or 'this one'}; "
                 "restore the run's data_log.jsonl"
             )
+        self.require_future(segments, next_step)
+
+    def require_future(self, known: int, next_step: int) -> None:
+        """Refuse a log whose lines after the first `known` hold from a step before `next_step`: that is history."""
+        late = [segment.from_step for segment in self.log.segments[known:] if segment.from_step < next_step]
+        if late:
+            raise Refusal(
+                f"{self.log.path or 'data log'}: an entry holds from step {min(late)}, which has begun; an entry can "
+                f"hold from step {next_step} at the earliest: take that line out"
+            )
 
 
 class SequentialStream:
     """One pass over one store, front to back: a ``TokenStream`` for evaluation. Every target is read exactly once.
 
-    ``num_steps`` steps of `global_batch` windows; rows beyond the last window are padding.
+    ``num_steps`` steps of `global_batch` windows; rows beyond the last window are padding. `windows`: stop after so
+    many (None: the whole store), however they fall into batches.
     """
 
-    def __init__(self, store: Store, seq_len: int, global_batch: int) -> None:
+    def __init__(self, store: Store, seq_len: int, global_batch: int, windows: int | None = None) -> None:
         if seq_len < 1 or global_batch < 1:
             raise Refusal(f"evaluation: seq_len={seq_len} and global_batch={global_batch} must be at least 1")
         self.store, self.seq_len, self.global_batch = store, seq_len, global_batch
         self.num_inputs = store.num_tokens - 1
+        if windows is not None:
+            self.num_inputs = min(self.num_inputs, windows * seq_len)
         self.num_steps = -(-self.num_inputs // (seq_len * global_batch))
 
     @property

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -77,14 +78,14 @@ def record_exit(attempt_path: Path, exit_class: ExitClass, cause: str = "", rank
     The first rank that fails knows the cause; the others only see that it is gone.
     """
     path = attempt_path / "exit.json"
-    mine = attempt_path / f".exit.{os.getpid()}.json"
+    mine = attempt_path / f".exit.{uuid.uuid4().hex}.json"
     write_json(mine, "exit", {"class": exit_class.value, "cause": mask(cause), "rank": rank})
     try:
         os.link(mine, path)  # unlike a rename, fails if it is there
     except FileExistsError:
         return False
     finally:
-        mine.unlink()
+        mine.unlink(missing_ok=True)
     return True
 
 

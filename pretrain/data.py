@@ -70,7 +70,7 @@ def validate_data(config: RunConfig) -> None:
     read_tokenizer(config, stores)
     BlendedStream(first_log(config, stores), stores)
     if (config.run_dir / DATA_LOG).exists():
-        open_stream(config.run_dir, stores)
+        BlendedStream(DataLog.open(config.run_dir / DATA_LOG), stores)
 
 
 def first_log(config: RunConfig, stores: Mapping[str, Store]) -> DataLog:
@@ -81,28 +81,7 @@ def first_log(config: RunConfig, stores: Mapping[str, Store]) -> DataLog:
 
 def segment_of(config: RunConfig, stores: Mapping[str, Store], from_step: int) -> Segment:
     """What the configuration says of the data, as a segment of the log."""
-    weights = {Store.open(path).source: weight for path, weight in config.data.blend.items()}
+    by_path = {store.path: name for name, store in stores.items()}
+    weights = {by_path[Path(path)]: weight for path, weight in config.data.blend.items()}
     datasets = {name: store.dataset_id for name, store in stores.items()}
     return Segment.of(from_step, config.data.seq_len, config.train.global_batch, weights, datasets)
-
-
-def keep_log(config: RunConfig, stores: Mapping[str, Store], run_dir: Path, from_step: int) -> None:
-    """Write the data log of a new run, or append what changed from ``from_step`` on. Rank 0 only.
-
-    The log wins over the configuration: a segment is appended only where the configuration was changed since the last
-    attempt, which ``run.allow_change`` has allowed.
-    """
-    path = run_dir / DATA_LOG
-    if not path.exists():
-        first_log(config, stores).write(path)
-        return
-    log = DataLog.open(path)
-    wanted = segment_of(config, stores, from_step)
-    last = log.segments[-1]
-    fields = ("seq_len", "global_batch", "blend", "datasets")
-    if any(getattr(wanted, field) != getattr(last, field) for field in fields):
-        log.append(wanted, from_step)
-
-
-def open_stream(run_dir: Path, stores: Mapping[str, Store]) -> BlendedStream:
-    return BlendedStream(DataLog.open(run_dir / DATA_LOG), stores)

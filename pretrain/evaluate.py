@@ -36,8 +36,9 @@ class Evaluator:
         plan = trainer.groups.plan
         # A batch of the schedule's shape; rows beyond the store's last window are padding.
         self._global_batch = plan.global_batch
-        self._steps = -(-windows // self._global_batch)
-        self._streams = {d: SequentialStream(store, seq_len, self._global_batch) for d, store in stores.items()}
+        self._streams = {
+            domain: SequentialStream(store, seq_len, self._global_batch, windows) for domain, store in stores.items()
+        }
         self._bytes_of = None if tokenizer is None else token_bytes(tokenizer)
         self.spent_s = 0.0
 
@@ -59,7 +60,7 @@ class Evaluator:
         trainer = self._trainer
         coords = trainer.groups.coords
         nats, tokens, num_bytes = 0.0, 0, 0
-        for step in range(min(self._steps, stream.num_steps)):
+        for step in range(stream.num_steps):
             batch = stream.read(stream.plan(step), trainer.part)
             # Sums, not means: every micro-batch divides by one.
             micro_batches = trainer.micro_batches(batch, Normalisers(1, 1, self._global_batch))

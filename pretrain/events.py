@@ -67,10 +67,13 @@ class StepEvent:
                 f"schema {schema!r} where this release reads {SCHEMA}: read it with the release that wrote it"
             )
         try:
-            numbers = {name: _from_json(fields[name]) for name in ("loss", "grad_norm", "lr")}
-            aux = _map_numbers(fields["aux"], _from_json)
-            return cls(**{**fields, **numbers, "aux": aux, "timing": Timing(**fields["timing"])})
-        except (KeyError, TypeError, ValueError) as error:
+            reals = {name: _from_json(fields[name]) for name in ("loss", "grad_norm", "lr")}
+            counts = {name: int(fields[name]) for name in ("attempt", "step", "valid_targets", "tokens")}
+            aux = {str(name): _from_json(item) for name, item in fields["aux"].items()}
+            draws = {str(name): int(count) for name, count in fields["draws"].items()}
+            timing = Timing(**{k: None if v is None else _from_json(v) for k, v in fields["timing"].items()})
+            return cls(**{**fields, **reals, **counts, "aux": aux, "draws": draws, "timing": timing})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Refusal(f"damaged: {error}") from None
 
 

@@ -50,8 +50,7 @@ def train(session: Session) -> Exit:
             if session.due(done, session.config.checkpoint.every) or ends:
                 session.save(done, must=ends)
             if verdict == "stop":
-                return Exit(ExitClass.STOPPED, f"step {step}: {session.trainer.health.describe()}", None)
+                return session.conclude(ExitClass.STOPPED, f"step {step}: {session.trainer.health.describe()}")
             if report.preempted and done < steps:
-                return Exit(ExitClass.PREEMPTED, f"asked to end; step {done} is saved", None)
-        session.finish()
-    return Exit(ExitClass.DONE, "", None)
+                return session.conclude(ExitClass.PREEMPTED, f"asked to end; step {done} is saved")
+        return session.conclude(ExitClass.DONE)

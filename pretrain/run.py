@@ -17,12 +17,16 @@ from typing import Any
 from pretrain.attempt import ExitClass, record_exit
 from pretrain.config import RunConfig, load
 from pretrain.data import validate_data
-from pretrain.rundir import Attempt, Start, attempt_path, begin, inspect
+from pretrain.rundir import Attempt, Start, attempt_path, begin, data_changed, inspect
 from stoker.errors import Refusal
 from stoker.guard import require_own_rooms
 
 #: Seconds that a collective may wait. A rank that is gone is noticed at once; this is for one that hangs.
 COLLECTIVE_TIMEOUT_S = 600
+
+
+#: What gloo and NCCL say when the other end of a connection is no longer there.
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,11 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
     attempt: Attempt | None = None
     number: int | None = None
     try:
-        attempt, number, resume_step = _begin(config, world, start)
+        attempt, number, resume_step, changed = _begin(config, world, start)
         from pretrain.loop import train
         from pretrain.session import Session
 
-        outcome = train(Session(config, world.rank, number, resume_step))
-        if attempt is not None:
-            attempt.finish(outcome.exit_class, outcome.cause, outcome.rank)
-        return outcome.exit_class.code
+        return train(Session(config, world.rank, number, resume_step, changed)).exit_class.code
     except Refusal as refusal:
         # Every rank refuses together: what differs between ranks is agreed on before.
         if world.local_rank == 0:
@@ -101,7 +102,10 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
         return ExitClass.REFUSED.code
     except BaseException as error:
         traceback.print_exc()
-        _leave(config, number, ExitClass.FAULT, f"{type(error).__name__}: {error}", world.rank)
+        # A rank that loses its peer is not the guilty one: that one says why itself, or was killed.
+        lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_IS_GONE)
+        cause = f"{'another rank is gone: ' if lost else ''}{type(error).__name__}: {error}"
+        _leave(config, number, ExitClass.FAULT, cause, None if lost else world.rank)
         return ExitClass.FAULT.code
     finally:
         if attempt is not None:
@@ -127,8 +131,9 @@ def _join(world: World, config: RunConfig) -> None:
         dist.init_process_group(backend, timeout=timeout)
 
 
-def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attempt | None, int, int | None]:
-    """Rank 0 makes the attempt's directory; all ranks learn its number and the step to resume from, or its refusal."""
+def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attempt | None, int, int | None, bool]:
+    """Rank 0 makes the attempt's directory; all ranks learn its number, the step to resume from and whether the data
+    were changed, or its refusal."""
     import torch.distributed as dist
 
     attempt: Attempt | None = None
@@ -137,14 +142,14 @@ def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attemp
         assert start is not None
         try:
             attempt = begin(start, config, config.plan(world.size, announce=_silent))
-            told = [(start.attempt, start.resume_step)]
+            told = [(start.attempt, start.resume_step, data_changed(start.changes))]
         except Refusal as refusal:
             told = [str(refusal)]
     dist.broadcast_object_list(told, src=0)
     if isinstance(told[0], str):
         raise Refusal(told[0])
-    number, resume_step = told[0]
-    return attempt, number, resume_step
+    number, resume_step, changed = told[0]
+    return attempt, number, resume_step, changed
 
 
 def _leave(config: RunConfig, number: int | None, exit_class: ExitClass, cause: str, rank: int | None) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 from parallel.planning.plan import ParallelPlan
 from pretrain.attempt import ExitClass, environment, lock_sha256, record_exit, write_json
+from pretrain.checkpoint import folders
 from pretrain.config import Change, RunConfig, allowed_changes, parse
 from pretrain.config_yaml import parse_yaml
 from stoker import canonical, formats
@@ -30,6 +30,11 @@ from stoker.version import code_commit
 FORMAT, VERSION = "run", 1
 STAMP, CONFIG, PLAN, LOCK = "format.json", "config.yaml", "plan.json", ".lock"
 CHECKPOINTS, ATTEMPTS = "checkpoints", "attempts"
+
+#: Keys that a segment of the data log holds.
+DATA_KEYS = ("data.blend", "data.seq_len", "train.global_batch")
+#: Set by torchrun and Slurm to the number of times that they started this launch again by themselves.
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 _log = logging.getLogger(__name__)
 
@@ -131,8 +136,12 @@ def attempt_path(root: Path, number: int) -> Path:
 
 def committed_steps(root: Path) -> list[int]:
     """Steps of the checkpoints of a run that were committed, ascending; that they are intact is not looked at."""
-    found = (root / CHECKPOINTS).glob("step_*/COMMIT")
-    return sorted(int(match[1]) for path in found if (match := re.fullmatch(r"step_(\d+)", path.parent.name)))
+    return folders.committed(root / CHECKPOINTS)
+
+
+def data_changed(changes: Sequence[Change]) -> bool:
+    """Some change is one of the data, which the data log is to record."""
+    return any(change.key.startswith(DATA_KEYS) for change in changes)
 
 
 def _resume_step(config: RunConfig, committed: Sequence[int]) -> int | None:
@@ -145,6 +154,14 @@ def _resume_step(config: RunConfig, committed: Sequence[int]) -> int | None:
                 "run. Choose another run.name, or run.resume=auto"
             )
         return None
+    if newest is None and (damaged := folders.damaged(root / CHECKPOINTS)):
+        raise Refusal(
+            f"{root / CHECKPOINTS} holds checkpoints and none of them is whole ({', '.join(damaged)}): training would "
+            "begin from nothing. Restore one, or choose another run.name"
+        )
+    if isinstance(resume, int) and any(int(os.environ.get(name) or 0) for name in RESTART_COUNTS):
+        # The launch has gone back to its step already; a restart of it goes on from there, not back again.
+        resume = "auto"
     if isinstance(resume, int) and resume not in committed:
         held = ", ".join(map(str, sorted(committed))) or "none"
         raise Refusal(f"run.resume={resume}: {root} holds no committed checkpoint of that step (it holds {held})")

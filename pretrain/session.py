@@ -8,30 +8,37 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import torch
 import torch.distributed as dist
 
 from dataio.types import Batch, BatchPlan
 from parallel.engine.groups import create
+from pretrain.attempt import Exit, ExitClass, record_exit
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
-from pretrain.data import DATA_LOG, TOKENIZER, keep_log, open_heldout, open_stores, open_stream, read_tokenizer
+from pretrain.data import TOKENIZER, open_heldout, open_stores, read_tokenizer
 from pretrain.evaluate import Evaluator
 from pretrain.events import StepEvent, Timing
+from pretrain.feed import Feed
 from pretrain.health import StepReport, Verdict
-from pretrain.rundir import CHECKPOINTS
+from pretrain.rundir import CHECKPOINTS, attempt_path
 from pretrain.sinks import Sinks, open_sinks
 from pretrain.trainer import Trainer, load_imbalance
 from stoker.errors import Refusal
+
+#: Signals that end a run in good order: from a scheduler, and from a person.
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Session:
     """One attempt on one rank; a context that opens and closes what the attempt holds.
 
-    ``attempt``: its number; ``resume_step``: the checkpoint to begin from, None for the first values.
+    ``attempt``: its number; ``resume_step``: the checkpoint to begin from, None for the first values;
+    ``data_changed``: the configuration's data differ from the last attempt's.
     """
 
-    def __init__(self, config: RunConfig, rank: int, attempt: int, resume_step: int | None) -> None:
+    def __init__(
+        self, config: RunConfig, rank: int, attempt: int, resume_step: int | None, data_changed: bool = False
+    ) -> None:
         self.config, self.rank, self.attempt = config, rank, attempt
         self.root: Path = config.run_dir
         self.spec = config.model_spec()
@@ -44,20 +51,19 @@ class Session:
         if rank == 0:
             self.checkpoints.fence(attempt)
         self.first_step = 0 if resume_step is None else self._load(resume_step)
-        self._keep_log()
-        self.stream = open_stream(self.root, self.stores)
+        self.feed = Feed(config, self.stores, self.groups.control, self.first_step, data_changed)
         if resume_step is not None:
-            self.stream.require_state(self._resumed["data"], f"checkpoint of step {self.first_step}")
+            self.feed.require_state(self._resumed["data"], self.first_step)
         self.evaluator = Evaluator(
             self.trainer, open_heldout(config), config.data.seq_len, config.eval.windows, self.tokenizer
         )
         self.preemption_asked = False
-        self._log_size = self._size_of_log()
         self._clock = 0.0
         self._sinks: Sinks | None = None
 
     def __enter__(self) -> Session:
-        signal.signal(signal.SIGTERM, self._ask_to_end)
+        for number in ENDING:
+            signal.signal(number, self._ask_to_end)
         if self.config.run.gc_every is not None:
             gc.collect()
             gc.freeze()
@@ -65,18 +71,32 @@ class Session:
         if self.rank == 0:
             self._sinks = open_sinks(self.config, self.root, self.attempt, self.first_step)
         self._say(self._opening())
+        if self.feed.note:
+            self._say(self.feed.note)
         self._clock = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gc.enable()
         gc.unfreeze()
         if self._sinks is not None:
             self._sinks.close()
+        if error is None:
+            # A rank that left now would be a failed worker to torchrun, which then ends rank 0 in the middle of this.
+            dist.barrier(group=self.groups.control)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _ask_to_end(self, number: int, frame: FrameType | None) -> None:
+        """The step under way is finished and saved; a second request is the default's business."""
         self.preemption_asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def conclude(self, exit_class: ExitClass, cause: str = "") -> Exit:
+        """How the run ended, written down before anything slow is closed."""
+        if self.rank == 0:
+            record_exit(attempt_path(self.root, self.attempt), exit_class, cause)
+        return Exit(exit_class, cause, None)
 
     def _opening(self) -> str:
         plan = self.groups.plan
@@ -100,40 +120,7 @@ class Session:
 
     def read(self, step: int) -> tuple[BatchPlan, Batch]:
         """The step's addresses, and this rank's part of its tokens."""
-        self._follow_log(step)
-        plan = self.stream.plan(step)
-        return plan, self.stream.read(plan, self.trainer.part)
-
-    def _keep_log(self) -> None:
-        refused: list[str | None] = [None]
-        if self.rank == 0:
-            try:
-                keep_log(self.config, self.stores, self.root, self.first_step)
-            except Refusal as refusal:
-                refused = [str(refusal)]
-        dist.broadcast_object_list(refused, src=0, group=self.groups.control)
-        if refused[0] is not None:
-            raise Refusal(refused[0])
-
-    def _size_of_log(self) -> int:
-        return (self.root / DATA_LOG).stat().st_size
-
-    def _follow_log(self, step: int) -> None:
-        """Rank 0 looks whether the data log has grown, and every rank reads the new one or none does."""
-        size = torch.tensor([self._size_of_log() if self.rank == 0 else 0])
-        dist.broadcast(size, src=0, group=self.groups.control)
-        if int(size) == self._log_size:
-            return
-        before, self._log_size = self.stream.log, int(size)
-        stream = open_stream(self.root, self.stores)
-        segments, known = stream.log.segments, len(before.segments)
-        late = [segment.from_step for segment in segments[known:] if segment.from_step < step]
-        if late or segments[:known] != before.segments:
-            raise Refusal(
-                f"{self.root / DATA_LOG}: the log was changed for step {min(late, default=0)}, which has begun "
-                f"(the next is {step}); a segment can hold from step {step} at the earliest"
-            )
-        self.stream = stream
+        return self.feed.read(step, self.trainer.part)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss by domain: nats per token, bits per byte."""
@@ -151,7 +138,7 @@ class Session:
         if self._sinks is None:
             return
         imbalance = load_imbalance(report.load)
-        draws = {name: int((plan.source == index).sum()) for index, name in enumerate(self.stream.sources)}
+        draws = {name: int((plan.source == index).sum()) for index, name in enumerate(self.feed.stream.sources)}
         self._sinks.step(
             StepEvent(
                 attempt=self.attempt,
@@ -184,21 +171,27 @@ class Session:
             "step": done,
             "updates": self.trainer.optimizer.updates,
             "health": self.trainer.health.state_dict(),
-            "data": self.stream.state_dict(),
+            "data": self.feed.stream.state_dict(),
             "config": self.config.masked().resolved(),
             "plan": self.groups.plan.to_dict(),
-            "threads": torch.get_num_threads(),
         }
         files = {TOKENIZER: self.tokenizer} if self.tokenizer is not None else {}
         handle = self.checkpoints.save(done, tensors, meta, self.groups.coords, self.attempt, files)
         if must:
             handle.wait()
         if handle.error is None:
-            self.checkpoints.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+            self._prune()
         took = time.perf_counter() - before
         self._clock += took
         outcome = f"in {took:.2f} s" if handle.error is None else f"FAILED, nothing of it is kept: {handle.error}"
         self._say(f"checkpoint of step {done} {outcome}")
+
+    def _prune(self) -> None:
+        """Delete what is not to be kept. That it fails costs disk space, not the run."""
+        try:
+            self.checkpoints.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        except (OSError, Refusal) as error:
+            self._say(f"older checkpoints were not deleted: {error}")
 
     def _load(self, step: int) -> int:
         """Load a checkpoint; with ``run.resume=auto`` a damaged one gives way to the newest that is good."""
@@ -212,6 +205,3 @@ class Session:
         trainer.optimizer.set_updates(int(self._resumed["updates"]))
         trainer.health.load_state_dict(self._resumed["health"])
         return int(self._resumed["step"])
-
-    def finish(self) -> None:
-        self._say(f"{self.config.run.name}: {self.config.run.steps} steps done")

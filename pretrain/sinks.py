@@ -63,9 +63,16 @@ def open_sinks(
     config: RunConfig, run_dir: Path, attempt: int, first_step: int = 0, console: Console | None = None
 ) -> Sinks:
     """The sinks that ``config.log`` asks for; ``run_dir`` exists and ``first_step`` is the one resumed at."""
-    screen = ConsoleSink(console or Console(), config.run.steps, config.log.every, first_step, config.log.quiet)
+    screen = ConsoleSink(console or _Screen(), config.run.steps, config.log.every, first_step, config.log.quiet)
     others: list[Sink] = [] if config.log.wandb == "off" else [WandbSink(config, run_dir, attempt, screen.say)]
     return Sinks(run_dir, screen, others)
+
+
+class _Screen(Console):
+    """A console whose reader may go away: ``| head`` or a closed terminal ends the lines, not the run."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process
 
 
 class ConsoleSink:
@@ -104,12 +111,23 @@ class ConsoleSink:
             self.say(f"step {done}/{self._steps}  {self._text(event)}")
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            self._give_up()
 
     def close(self) -> None:
-        if self._live:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        try:
+            if live:
+                live.stop()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Nobody reads any more; metrics.jsonl still has every step."""
+        self._live = None
+        self._console = Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the run
 
     def _text(self, event: StepEvent) -> str:
         speed = event.timing.tokens_per_s

@@ -71,8 +71,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Refuses any other line that is not a JSON object, naming file and line. FileNotFoundError if there is no file.
     """
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
-    return [_object(path, number, line) for number, line in enumerate(lines, start=1)]
+    return parse_jsonl(Path(path).read_bytes(), path)
+
+
+def parse_jsonl(content: bytes, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """As `read_jsonl`, of what was read from `path` before."""
+    return [_object(path, number, line) for number, line in enumerate(content.split(b"\n")[:-1], start=1)]
 
 
 def _object(path: str | os.PathLike[str], number: int, line: bytes) -> dict[str, Any]:

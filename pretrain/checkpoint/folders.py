@@ -64,6 +64,12 @@ def committed(root: Path) -> list[int]:
     return [step for step in found(root) if (path(root, step) / COMMIT).is_file()]
 
 
+def damaged(root: Path) -> list[str]:
+    """Names of the step folders that cannot be loaded: COMMIT is missing, or they were quarantined."""
+    lost = [path(root, step).name for step in found(root) if step not in committed(root)]
+    return lost + sorted(entry.name for entry in root.glob("step_*.quarantined*"))
+
+
 def fence(root: Path, attempt: int) -> None:
     """From now on no older attempt commits here. Raises Refusal if a newer one has been here."""
     if newest(root) != attempt:

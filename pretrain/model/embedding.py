@@ -52,4 +52,3 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self._stream.read(x), self.weight[: self.vocabulary.rows])
-

@@ -199,18 +199,20 @@ def test_state_is_small_equal_everywhere_and_refuses_other_data(stores: dict[str
 
     stream = synthetic.stream(stores, 64, 8)
     state = stream.state_dict()
-    stream.require_state(state)
+    stream.require_state(state, 3)
     ids = {name: store.dataset_id for name, store in stores.items()}
     longer = BlendedStream(stream.log.append(Segment.of(9, 32, 4, {"code": 1}, ids), 5), stores)
-    longer.require_state(state)
+    longer.require_state(state, 3)
+    with pytest.raises(Refusal, match="holds from step 9, which has begun; an entry can hold from step 10"):
+        longer.require_state(state, 10)
     with pytest.raises(Refusal, match="not the beginning"):
-        stream.require_state(longer.state_dict())
+        stream.require_state(longer.state_dict(), 3)
     with pytest.raises(Refusal, match="seed"):
-        synthetic.stream(stores, 64, 8, seed=1).require_state(state)
+        synthetic.stream(stores, 64, 8, seed=1).require_state(state, 3)
     with pytest.raises(Refusal, match="not the beginning"):
-        synthetic.stream(stores, 64, 4).require_state(state)
+        synthetic.stream(stores, 64, 4).require_state(state, 3)
     with pytest.raises(Refusal, match="another tokenizer"):
-        stream.require_state(state | {"tokenizer_sha256": "0" * 64})
+        stream.require_state(state | {"tokenizer_sha256": "0" * 64}, 3)
     with pytest.raises(Refusal, match="not the data that the data log names as prose"):
         BlendedStream(stream.log, stores | {"prose": stores["rare"]})
     with pytest.raises(Refusal, match="no store is given"):

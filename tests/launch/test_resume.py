@@ -17,9 +17,7 @@ from launch.torchrun import Torchrun
 from pretrain.attempt import read_exit
 from pretrain.config import load
 from pretrain.rundir import attempt_path, attempts, committed_steps
-from tests.launch import jobs
 from tests.launch.tiny import fixed, tiny
-from tests.parity.pool import Pool
 
 STEPS = 30
 OVERRIDES = [f"run.steps={STEPS}", "parallel.ep=2", "checkpoint.every=5"]
@@ -32,10 +30,10 @@ def wait_for(condition: Callable[[], bool], torchrun: Torchrun) -> None:
 
 @pytest.mark.timeout(900)
 def test_p5_killed_then_asked_to_end_then_finished_is_the_run_that_was_not(
-    pool: Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tiny(tmp_path))
-    assert pool.run(2, jobs.run, path, [*OVERRIDES, "run.name=whole"]) == ["done", "done"]
+    assert train(path, [*OVERRIDES, "run.name=whole"], 2) == 0
     overrides = [*OVERRIDES, "run.name=cut"]
     root = tmp_path / "runs" / "cut"
     kill = Kill(load(path, overrides), pause_s=0.1)
