@@ -43,7 +43,7 @@ from pretrain.config_sections import (
 )
 from pretrain.config_yaml import apply_overrides, dump_yaml, parse_yaml
 from pretrain.spec import ModelSpec
-from pretrain.workload import workload_of
+from pretrain.workload import refuse_ragged_experts, workload_of
 from stoker import canonical, formats
 from stoker.errors import Refusal
 from stoker.secrets import mask
@@ -101,6 +101,7 @@ class RunConfig(Section):
         workload = workload_of(self.model_spec(), self.data.seq_len, ELEMENT_BYTES[self.run.dtype])
         refuse_unsupported(plan, self.run.dtype, has_experts=workload.has_experts)
         check_divisibility(workload, plan)
+        refuse_ragged_experts(self.model_spec(), plan, self.run.dtype)
         return plan
 
     def resolved(self) -> dict[str, Any]:

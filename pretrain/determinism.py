@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from stoker.errors import Refusal
+
+#: cuBLAS repeats itself only with one of these (NVIDIA cuBLAS documentation, "Results reproducibility").
+WORKSPACES = (":4096:8", ":16:8")
+
+
+def check(has_cuda: bool) -> None:
+    """Raise Refusal where a precondition of deterministic mode does not hold in this process's environment."""
+    if has_cuda and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
+        raise Refusal(
+            "run.deterministic=true on CUDA needs the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 before the "
+            "process starts: set it, or run.deterministic=false"
+        )
 
 
 def enter() -> None:
-    """Make torch refuse what is not deterministic, in this process.
+    """Make torch refuse what is not deterministic, in this process."""
+    import torch
 
-    On CUDA, cuBLAS needs CUBLAS_WORKSPACE_CONFIG before its first use (NVIDIA cuBLAS documentation, "Results
-    reproducibility"). Raises Refusal where a precondition does not hold.
-    """
-    if torch.cuda.is_available():
-        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-            raise Refusal(
-                "run.deterministic=true on CUDA needs the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 "
-                "before the process starts: set it, or run.deterministic=false"
-            )
-        torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
     # Memory is overwritten before it is read in everything that trains; filling it first would cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

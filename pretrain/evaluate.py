@@ -48,7 +48,9 @@ class Evaluator:
         measured: dict[str, float] = {}
         for domain, stream in self._streams.items():
             nats, tokens, num_bytes = self._sum(stream)
-            measured[f"heldout.{domain}.nats_per_token"] = nats / max(tokens, 1)
+            if not tokens:
+                continue
+            measured[f"heldout.{domain}.nats_per_token"] = nats / tokens
             if self._bytes_of is not None:
                 measured[f"heldout.{domain}.bits_per_byte"] = nats / math.log(2) / max(num_bytes, 1)
         self.spent_s += time.perf_counter() - started
@@ -80,12 +82,15 @@ class Evaluator:
         return nats, int(total), int(total_bytes)
 
 
-def token_bytes(tokenizer_json: bytes) -> np.ndarray:
+def token_bytes(tokenizer_json: bytes) -> np.ndarray | None:
     """Bytes of text that each token id stands for, from a byte-level BPE ``tokenizer.json``; 0 for special tokens.
+    None for another kind of tokenizer: its pieces do not tell.
 
     In the byte-level alphabet every character of a token is one byte (GPT-2's byte-to-unicode table).
     """
     content = json.loads(tokenizer_json)
+    if content["model"].get("type") != "BPE" or (content.get("decoder") or {}).get("type") != "ByteLevel":
+        return None
     vocabulary: dict[str, int] = content["model"]["vocab"]
     added = content.get("added_tokens", [])
     size = 1 + max([*vocabulary.values(), *(token["id"] for token in added)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +15,12 @@ from pretrain.model.decode import Decoder
 from pretrain.restore import restore
 from stoker.errors import Refusal
 
-EOS = "<|endoftext|>"
-
 
 @dataclass(frozen=True)
 class Sampling:
     """``temperature`` 0 is greedy; ``top_p`` keeps the likeliest tokens whose probabilities reach it. Each prompt draws
-    from a generator of its own, so that it does not depend on what is generated beside it."""
+    from a generator of its own, seeded by ``seed`` and its tokens, so that neither its place nor what is generated
+    beside it matters."""
 
     max_tokens: int = 64
     temperature: float = 0.8
@@ -29,8 +30,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise Refusal(f"max_tokens={self.max_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise Refusal(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise Refusal(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
         if not 0 < self.top_p <= 1:
             raise Refusal(f"top_p={self.top_p} must lie in (0, 1]")
 
@@ -55,19 +56,26 @@ def generate(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise Refusal(f"prompt {prompt!r} has no tokens: give at least one character")
-    continued = sample(restored.model, encoded, sampling, eos=tokenizer.token_to_id(EOS))
+    meta = restored.store.meta(restored.step)
+    continued = sample(restored.model, encoded, sampling, meta["eos_id"], tokenizer.get_vocab_size())
     return [tokenizer.decode(ids) for ids in continued]
 
 
-def sample(model: Chunk, prompts: list[list[int]], sampling: Sampling, eos: int | None) -> list[list[int]]:
-    """New tokens after each prompt, up to ``max_tokens`` or the end-of-text token, which is not returned."""
+def sample(
+    model: Chunk, prompts: list[list[int]], sampling: Sampling, eos: int | None, vocab_size: int | None = None
+) -> list[list[int]]:
+    """New tokens after each prompt, up to ``max_tokens`` or the end-of-text token, which is not returned.
+
+    ``vocab_size``: of the tokenizer, where the model's is larger; ids beyond it are never chosen.
+    """
     decoder = Decoder(model)
-    generators = [torch.Generator().manual_seed(sampling.seed + index) for index in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(_seed(sampling.seed, prompt)) for prompt in prompts]
     logits = decoder.prefill(prompts)
     new: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for position in range(sampling.max_tokens):
-        tokens = [choose(row, sampling, generator) for row, generator in zip(logits.cpu(), generators, strict=True)]
+        rows = logits.cpu()[:, :vocab_size]
+        tokens = [choose(row, sampling, generator) for row, generator in zip(rows, generators, strict=True)]
         ended = [done or token == eos for done, token in zip(ended, tokens, strict=True)]
         for sequence, token, done in zip(new, tokens, ended, strict=True):
             if not done:
@@ -76,6 +84,11 @@ def sample(model: Chunk, prompts: list[list[int]], sampling: Sampling, eos: int 
             break
         logits = decoder.step(torch.tensor(tokens, device=logits.device))
     return new
+
+
+def _seed(seed: int, prompt: list[int]) -> int:
+    digest = hashlib.sha256(f"stoker.generate/{seed}/{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

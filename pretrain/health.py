@@ -37,7 +37,8 @@ class StepReport:
 
 
 class Health:
-    """Skips a step whose loss or gradient is not finite; stops when more than ``skip_limit`` follow one another.
+    """Skips a step whose loss or gradient is not finite, and stops when more than ``skip_limit`` follow one another;
+    skips a batch without a target. Loss spikes and going back (``rewind``) are the numeric guards', not built yet.
 
     Its state is part of the checkpoint, so that a resumed run judges as the run would have.
     """
@@ -48,6 +49,8 @@ class Health:
         self.skipped: list[int] = []
 
     def judge(self, report: StepReport) -> Verdict:
+        if not report.valid_targets:
+            return "skip"  # nothing to learn, and momentum alone shall not move a weight; no sign of ill health
         if report.finite:
             self.skipped_in_a_row = 0
             return "apply"

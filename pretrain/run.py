@@ -6,12 +6,12 @@ process group is formed; then rank 0 touches the run directory. What a step does
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from pretrain.attempt import ExitClass, record_exit
@@ -21,8 +21,8 @@ from pretrain.rundir import Attempt, Start, attempt_path, begin, data_changed, i
 from stoker.errors import Refusal
 from stoker.guard import require_own_rooms
 
-#: Seconds that a collective may wait. A rank that is gone is noticed at once; this is for one that hangs.
-COLLECTIVE_TIMEOUT_S = 600
+#: How long a collective may wait, for a rank that hangs. Over gloo a rank that is gone is noticed at once.
+COLLECTIVE_TIMEOUT = timedelta(seconds=600)
 
 
 #: What gloo and NCCL say when the other end of a connection is no longer there.
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         require_own_rooms()
         config = load(arguments[0], arguments[1:])
         start = validate(config, world)
+        _validate_device(config, world)
     except Refusal as refusal:
         if world.local_rank == 0:
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
@@ -78,22 +79,33 @@ def validate(config: RunConfig, world: World, announce: Callable[[str], None] = 
     return inspect(config) if world.rank == 0 else None
 
 
+def _validate_device(config: RunConfig, world: World) -> None:
+    """Refuse a rank without a device of its own, and deterministic mode where it cannot be kept."""
+    import torch
+
+    from pretrain import determinism
+
+    devices = torch.cuda.device_count()
+    if devices and world.local_rank >= devices:
+        raise Refusal(f"rank {world.rank} is number {world.local_rank} on its node, which has {devices} CUDA devices")
+    if config.run.deterministic:
+        determinism.check(has_cuda=devices > 0)
+
+
 def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
     """One launch: form the world, train, and leave ``exit.json`` whatever happens."""
-    import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
-    _join(world, config)
     attempt: Attempt | None = None
     number: int | None = None
     try:
+        _join(world, config)
         attempt, number, resume_step, changed = _begin(config, world, start)
         from pretrain.loop import train
         from pretrain.session import Session
 
-        return train(Session(config, world.rank, number, resume_step, changed)).exit_class.code
+        session = Session(config, world.rank, number, resume_step, changed, COLLECTIVE_TIMEOUT)
+        return train(session).exit_class.code
     except Refusal as refusal:
         # Every rank refuses together: what differs between ranks is agreed on before.
         if world.local_rank == 0:
@@ -121,10 +133,12 @@ def _join(world: World, config: RunConfig) -> None:
 
     from pretrain import determinism
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
     if config.run.deterministic:
         determinism.enter()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    timeout = COLLECTIVE_TIMEOUT
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:

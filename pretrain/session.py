@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import torch
 import torch.distributed as dist
 
 from dataio.types import Batch, BatchPlan
@@ -37,16 +39,23 @@ class Session:
     """
 
     def __init__(
-        self, config: RunConfig, rank: int, attempt: int, resume_step: int | None, data_changed: bool = False
+        self,
+        config: RunConfig,
+        rank: int,
+        attempt: int,
+        resume_step: int | None,
+        data_changed: bool = False,
+        timeout: timedelta | None = None,
     ) -> None:
         self.config, self.rank, self.attempt = config, rank, attempt
         self.root: Path = config.run_dir
         self.spec = config.model_spec()
         plan = config.plan(dist.get_world_size(), announce=lambda text: None)
-        self.groups = create(plan, shared_embedding=self.spec.tied_embedding)
+        self.groups = create(plan, self.spec.tied_embedding, timeout)
         self.stores = open_stores(config)
         self.tokenizer = read_tokenizer(config, self.stores)
-        self.trainer = Trainer(self.spec, self.groups, config.train, config.run.dtype, config.run.seed)
+        seed = config.run.seed if resume_step is None else None
+        self.trainer = Trainer(self.spec, self.groups, config.train, config.run.dtype, seed)
         self.checkpoints = CheckpointStore(self.root / CHECKPOINTS, self.groups.control)
         if rank == 0:
             self.checkpoints.fence(attempt)
@@ -57,6 +66,7 @@ class Session:
         self.evaluator = Evaluator(
             self.trainer, open_heldout(config), config.data.seq_len, config.eval.windows, self.tokenizer
         )
+        self._threads = self._most_threads()
         self.preemption_asked = False
         self._clock = 0.0
         self._sinks: Sinks | None = None
@@ -73,6 +83,11 @@ class Session:
         self._say(self._opening())
         if self.feed.note:
             self._say(self.feed.note)
+        if self.first_step and self.config.run.deterministic and self._resumed["threads"] != self._threads:
+            self._say(
+                f"the checkpoint was written by ranks of {self._resumed['threads']} threads and these have "
+                f"{self._threads}: sums on the CPU are rounded otherwise, and the curve is not the same to the last bit"
+            )
         self._clock = time.perf_counter()
         return self
 
@@ -109,6 +124,12 @@ class Session:
     def _say(self, text: str) -> None:
         if self._sinks is not None:
             self._sinks.say(text)
+
+    def _most_threads(self) -> int:
+        """Threads of a rank, the most on any: sums on the CPU depend on it in their last bits."""
+        threads = torch.tensor([torch.get_num_threads()])
+        dist.all_reduce(threads, op=dist.ReduceOp.MAX, group=self.groups.control)
+        return int(threads)
 
     def due(self, done: int, every: int | None) -> bool:
         """``done`` steps are a multiple of ``every``."""
@@ -174,6 +195,8 @@ class Session:
             "data": self.feed.stream.state_dict(),
             "config": self.config.masked().resolved(),
             "plan": self.groups.plan.to_dict(),
+            "threads": self._threads,
+            "eos_id": next(iter(self.stores.values())).tokenizer.eos_id,
         }
         files = {TOKENIZER: self.tokenizer} if self.tokenizer is not None else {}
         handle = self.checkpoints.save(done, tensors, meta, self.groups.coords, self.attempt, files)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,22 +30,27 @@ from pretrain.model.router import Router, update_router
 from pretrain.model.sharding import layouts as layouts_of
 from pretrain.objective import Normalisers
 from pretrain.optim.adamw import AdamW
-from pretrain.spec import ModelSpec
+from pretrain.spec import ModelSpec, MoE
+from stoker.errors import Refusal
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Trainer:
-    """A model under a plan, with its optimizer. Created by every rank of the world together."""
+    """A model under a plan, with its optimizer. Created by every rank of the world together.
 
-    def __init__(self, spec: ModelSpec, groups: Groups, train: TrainSection, dtype: str, seed: int) -> None:
+    ``seed`` None leaves the tensors as they come: every one of them is about to be loaded.
+    """
+
+    def __init__(self, spec: ModelSpec, groups: Groups, train: TrainSection, dtype: str, seed: int | None) -> None:
         self.spec, self.groups, self.train = spec, groups, train
         self.dtype, self.device = DTYPES[dtype], seam.device()
         self.layouts = layouts_of(spec, groups.plan)
         config = megatron_config(groups, spec.width, len(spec.layers), self.dtype)
         chunks, builds = build_chunks(spec, groups, self.dtype, self.device, config)
         parameters = [build.parameters for build in builds]
-        initialise(spec, named_tensors(builds), self.layouts, groups.coords, seed)
+        if seed is not None:
+            initialise(spec, named_tensors(builds), self.layouts, groups.coords, seed)
         self.chunks = chunks
         self.parameters = {name: tensor for named in parameters for name, tensor in named.items()}
         self.state = {name: tensor for build in builds for name, tensor in build.state.items()}
@@ -69,6 +75,14 @@ class Trainer:
         return Normalisers(targets, routed, windows)
 
     def micro_batches(self, batch: Batch, normalisers: Normalisers) -> list[MicroBatch]:
+        """This rank's part in micro-batches. Raises Refusal for a token outside the vocabulary."""
+        for tokens in (batch.tokens, batch.targets):
+            if (foreign := (tokens < 0) | (tokens >= self.spec.vocab_size)).any():
+                row, position = np.argwhere(foreign)[0]
+                raise Refusal(
+                    f"window {batch.sample_id[row]} holds token {tokens[row, position]} at {position}, outside the "
+                    f"vocabulary of {self.spec.vocab_size}: its store is damaged, or made with another tokenizer"
+                )
         size = self.groups.plan.micro_batch
         return [
             micro_batch(batch, slice(i * size, (i + 1) * size), cu_seqlens, normalisers, self.device)
@@ -80,41 +94,46 @@ class Trainer:
     ) -> StepReport:
         """The step's report, from every rank's parts; gradients must be reduced. Equal on every rank.
 
-        One all-reduce of sums over the world: the loss counts on the ranks that end a pipeline, once per tensor group;
-        auxiliary losses and expert loads are sums over the ranks' own tokens.
+        The loss counts on the ranks that end a pipeline, once per tensor group; auxiliary losses and expert loads are
+        sums over the ranks' own tokens. It is unknown (NaN) for a batch without a target.
         """
-        loads, aux = self._router_sums()
+        loads, balance, z = self._router_sums()
         first = self.groups.coords["tp"] == 0 and self.groups.coords["cp"] == 0
-        loss = sum(float(loss) for loss in losses) if first else 0.0
-        sums = torch.tensor([loss, aux["balance"], aux["z"], preempted], dtype=torch.float64, device=self.device)
+        loss = torch.stack(list(losses)).double().sum() if losses and first else balance.new_zeros(())
+        sums = torch.stack([loss, balance, z, balance.new_tensor(float(preempted))])
         if self.groups.plan.world_size > 1:
             dist.all_reduce(sums)
             dist.all_reduce(loads)
-        loss, balance, z, asked = sums.tolist()
-        layers = [i for i, layer in enumerate(self.spec.layers) if hasattr(layer.ffn, "num_experts")]
+        total, total_balance, total_z, asked = sums.tolist()
+        widths = self._expert_counts
         return StepReport(
             step=step,
-            loss=loss,
+            loss=total if normalisers.targets else math.nan,
             grad_norm=self.optimizer.gradient_norm(self.groups.world),
             valid_targets=normalisers.targets,
             tokens=normalisers.routed,
-            aux={"balance_loss": balance, "z_loss": z} if layers else {},
-            load={i: tuple(loads[i, : self.spec.layers[i].ffn.num_experts].tolist()) for i in layers},  # type: ignore[union-attr]
+            aux={"balance_loss": total_balance, "z_loss": total_z} if widths else {},
+            load={index: tuple(loads[index, :width].tolist()) for index, width in widths.items()},
             preempted=asked > 0,
         )
 
-    def _router_sums(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """This rank's expert loads int64 [layers, experts] and auxiliary losses, summed over its micro-batches."""
-        widths = [getattr(layer.ffn, "num_experts", 0) for layer in self.spec.layers]
-        loads = torch.zeros(len(widths), max(widths), dtype=torch.int64, device=self.device)
-        aux = {"balance": 0.0, "z": 0.0}
+    @property
+    def _expert_counts(self) -> dict[int, int]:
+        """``{layer index: experts}`` of the mixtures of experts in the whole model."""
+        return {i: layer.ffn.num_experts for i, layer in enumerate(self.spec.layers) if isinstance(layer.ffn, MoE)}
+
+    def _router_sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This rank's expert loads int64 [layers, experts], balance loss and z-loss (float64), summed over its
+        micro-batches; nothing is read back to the host."""
+        shape = len(self.spec.layers), max(self._expert_counts.values(), default=0)
+        loads = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        balance, z = torch.zeros(2, dtype=torch.float64, device=self.device).unbind()
         for chunk in self.chunks:
             for index, entries in chunk.take_statistics().items():
                 for entry in entries:
-                    loads[index, : widths[index]] += entry.load
-                    aux["balance"] += float(entry.balance)
-                    aux["z"] += float(entry.z)
-        return loads, aux
+                    loads[index, : len(entry.load)] += entry.load
+                    balance, z = balance + entry.balance, z + entry.z
+        return loads, balance, z
 
     def apply(self, report: StepReport, lr: float) -> None:
         """Everything that a step changes, and only after the verdict ``apply``."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from parallel.planning.plan import ParallelPlan, nearest_multiples
 from parallel.planning.workload import Divisor, LayerWorkload, Operation, Workload
 from pretrain.spec import Attention, Dense, GatedDelta, LayerSpec, ModelSpec, MoE
+from stoker.errors import Refusal
 
 FLOAT32_BYTES = 4
 #: Tokens in a chunk of the gated delta rule's closed form, for which its FLOPs are counted.
@@ -204,3 +206,26 @@ def _divisors(layer: LayerSpec) -> Iterator[Divisor]:
     yield Divisor("etp", "moe.hidden", ffn.hidden)
     if ffn.shared_hidden is not None:
         yield Divisor("tp", "moe.shared_hidden", ffn.shared_hidden)
+
+
+#: Bytes that a row of a grouped matrix product must be a multiple of (torch.nn.functional.grouped_mm, torch 2.13:
+#: "strides should be multiple of 16 bytes").
+GROUPED_MM_ALIGNMENT = 16
+
+
+def refuse_ragged_experts(spec: ModelSpec, plan: ParallelPlan, dtype: str) -> None:
+    """Raise Refusal for expert widths that the grouped matrix product of this dtype does not take."""
+    if dtype == "float64":
+        return  # expert by expert
+    step = GROUPED_MM_ALIGNMENT // {"float32": 4, "bfloat16": 2}[dtype]
+    for layer in spec.layers:
+        if not isinstance(layer.ffn, MoE):
+            continue
+        for key, size, parts in (("model.width", spec.width, 1), ("model.moe.hidden", layer.ffn.hidden, plan.etp)):
+            if size % (step * parts):
+                nearest = " or ".join(map(str, nearest_multiples(size, step * parts)))
+                cut = f" over etp={parts}" if parts > 1 else ""
+                raise Refusal(
+                    f"{key}={size}{cut}: the experts' grouped matrix product in {dtype} takes multiples of {step}: "
+                    f"nearest are {nearest}"
+                )

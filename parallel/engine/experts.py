@@ -45,11 +45,11 @@ class Exchange:
         order = torch.argsort(key, stable=True)
         counts = torch.bincount(key, minlength=self.num_experts + 1)[: self.num_experts]
         kept = int(counts.sum())
-        rows = _Permute.apply(x[:, None].expand(n, k, -1).reshape(n * k, -1), order)[:kept]
-        out = self._at_experts(rows, counts, work)
+        place = _inverse(order)
+        out = self._at_experts(_Spread.apply(x, order[:kept], place), counts, work)
         if kept < n * k:
             out = torch.cat([out, out.new_zeros(n * k - kept, out.shape[1])])
-        out = _Permute.apply(out, torch.argsort(order)).view(n, k, -1)
+        out = _Permute.apply(out, place, order).view(n, k, -1)
         return (out * weights[..., None].to(out.dtype)).sum(1)
 
     def _at_experts(
@@ -70,23 +70,47 @@ class Exchange:
         # Rows lie by source, then by expert; the experts want them by expert, then by source.
         expert = torch.arange(self.num_local, device=rows.device).repeat(ep * etp)
         order = torch.argsort(expert.repeat_interleave(received.flatten()), stable=True)
-        out = work(_Permute.apply(rows, order), received.sum(0))
-        out = _Permute.apply(out, torch.argsort(order))
+        back = _inverse(order)
+        out = work(_Permute.apply(rows, order, back), received.sum(0))
+        out = _Permute.apply(out, back, order)
         out = collectives.reduce_scatter_rows(out, self._etp, widths)
         return collectives.exchange_rows(out, self._ep, receive, send)
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """The permutation that undoes ``order``."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
 
 
 class _Permute(torch.autograd.Function):
     """Rows in another order; the gradient is a gather too, so it is deterministic on every device."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(order)
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
         return x[order]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (order,) = ctx.saved_tensors
-        out = torch.empty_like(gradients[0])
-        out[order] = gradients[0]
-        return out, None
+        return gradients[0][ctx.saved_tensors[0]], None, None
+
+
+class _Spread(torch.autograd.Function):
+    """x [n, D] -> row ``order[i] // k`` of x for each (token, expert) row i that is kept; ``place [n * k]`` says where
+    each row lies among all. The gradient of a token is the sum over its k rows, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(place)
+        ctx.tokens = len(x)
+        return x[order // (len(place) // len(x))]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (place,) = ctx.saved_tensors
+        rows = gradients[0]
+        if len(rows) < len(place):
+            rows = torch.cat([rows, rows.new_zeros(len(place) - len(rows), rows.shape[1])])
+        return rows[place].view(ctx.tokens, -1, rows.shape[1]).sum(1), None, None

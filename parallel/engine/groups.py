@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +20,6 @@ USED: tuple[tuple[str, ...], ...] = (
     ("cp",),  # context parallelism
     ("dp",),  # the parts of the global batch
     ("cp", "dp"),  # gradients of dense tensors
-    ("tp", "cp", "dp"),  # router statistics of a stage
     ("pp",),  # activations between stages
     ("etp",),  # expert weights split inside an expert
     ("ep",),  # tokens to experts
@@ -77,32 +77,28 @@ def _world() -> Group:
     return group
 
 
-def create(plan: ParallelPlan, shared_embedding: bool = False) -> Groups:
+def create(plan: ParallelPlan, shared_embedding: bool = False, timeout: timedelta | None = None) -> Groups:
     """Create this rank's groups; every rank of the world calls it with the same plan.
 
-    ``shared_embedding``: the first and the last stage both hold the embedding (tied to the head).
+    ``shared_embedding``: the first and the last stage both hold the embedding (tied to the head). ``timeout`` of their
+    collectives; None is torch's default for the back end.
     """
     rank = dist.get_rank()
-    made: dict[frozenset[int], Group] = {frozenset(range(plan.world_size)): _world()}
+    made: dict[tuple[int, ...], Group] = {tuple(range(plan.world_size)): _world()}
 
-    def mine(partition: Iterable[Iterable[int]]) -> Group | None:
-        # Every rank makes every group, in the same order, as torch.distributed asks; equal rank lists share one.
-        own = None
-        for ranks in partition:
-            key = frozenset(ranks)
-            if key not in made:
-                made[key] = dist.new_group(sorted(key))
-            if rank in key:
-                own = made[key]
-        return own
+    def joining(ranks: Sequence[int]) -> Group:
+        # Members alone make a group, all in the same order of axes: a rank of ten thousand makes a dozen, not all.
+        key = tuple(sorted(ranks))
+        if key not in made:
+            made[key] = dist.new_group(list(key), timeout=timeout, use_local_synchronization=True)
+        return made[key]
 
-    by_axes: dict[tuple[str, ...], Group] = {}
-    for axes in USED:
-        group = mine(plan.group(axes))
-        assert group is not None
-        by_axes[axes] = group
+    by_axes = {axes: joining(next(ranks for ranks in plan.group(axes) if rank in ranks)) for axes in USED}
     embedding = None
     if shared_embedding and plan.pp > 1:
-        embedding = mine({ranks[0], ranks[-1]} for ranks in map(list, plan.group(("pp",))))
-    control = _world() if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        stages = next(ranks for ranks in plan.group(("pp",)) if rank in ranks)
+        if rank in (stages[0], stages[-1]):
+            embedding = joining((stages[0], stages[-1]))
+    gloo = dist.get_backend() == "gloo"
+    control = _world() if gloo else dist.new_group(backend="gloo", timeout=timeout)
     return Groups(plan, rank, dict(plan.coords(rank)), by_axes, control, embedding)

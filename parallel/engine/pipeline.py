@@ -29,8 +29,9 @@ def megatron_config(groups: Groups, width: int, num_layers: int, dtype: torch.dt
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         virtual_pipeline_model_parallel_size=plan.vpp if interleaved else None,
+        # Experts are ours (parallel/engine/experts.py): Megatron is told of a dense model.
         expert_model_parallel_size=1,
-        expert_tensor_parallel_size=plan.etp,
+        expert_tensor_parallel_size=1,
         sequence_parallel=plan.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -138,10 +138,24 @@ class Replicas:
             _all_reduce_together(tensors, group)
 
     def gather_weights(self) -> None:
-        """After the shards were updated: every rank holds the whole of its weights again."""
-        if self.zero == 1:
-            for chunk in self.chunks:
-                chunk.start_param_sync()
+        """After the shards were updated: every rank holds the whole of its weights again.
+
+        Not by Megatron's ``start_param_sync``, which coalesces the buffers of a chunk into one call: gloo corrupts
+        both of a bfloat16 and a float32 buffer that are gathered together, in silence.
+        """
+        if self.zero != 1:
+            return
+        for buffers, group in self._buffers():
+            if group.size() > 1:
+                for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                    mine = bucket.param_data.chunk(group.size())[group.rank()]
+                    dist.all_gather_into_tensor(bucket.param_data, mine, group=group)
+
+    def _buffers(self) -> Iterator[tuple[list[Any], Group]]:
+        """Megatron's buffers of every chunk and the group that shares each."""
+        for chunk in self.chunks:
+            yield chunk.buffers, self.groups["cp", "dp"]
+            yield chunk.expert_parallel_buffers, self.groups["edp"]
 
 
 def _all_reduce_together(tensors: Sequence[torch.Tensor], group: Group) -> None:

@@ -182,9 +182,10 @@ def check_divisibility(workload: Workload, plan: ParallelPlan) -> None:
             nearest = " or ".join(f"{axis}={value}" for value in nearest_divisors(math.gcd(*sizes), degree))
             raise Refusal(f"{axis}={degree} does not divide {', '.join(broken)}: nearest that divide all are {nearest}")
     tokens = plan.micro_batch * workload.seq_len
-    if plan.sequence_parallel and tokens % plan.tp:
+    if (plan.sequence_parallel or workload.has_experts) and tokens % plan.tp:
         lengths = " or ".join(map(str, nearest_multiples(workload.seq_len, plan.tp)))
+        cut = "sequence_parallel cuts" if plan.sequence_parallel else "routing cuts"
         raise Refusal(
-            f"sequence_parallel cuts the {plan.micro_batch}*{workload.seq_len} = {tokens} tokens of a micro-batch over "
+            f"{cut} the {plan.micro_batch}*{workload.seq_len} = {tokens} tokens of a micro-batch over "
             f"tp={plan.tp}, which does not divide them: nearest that fit are data.seq_len={lengths}"
         )

@@ -80,19 +80,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v within each document, causal; [N, H, K].
 
-    flash-attn where it can; else torch's SDPA with windows as a batch dimension: the mask keeps documents apart inside
-    a window, at the cost of a T x T mask per window and of scores that it throws away.
+    flash-attn where it can; else torch's SDPA with windows as a batch dimension, where a mask keeps documents apart
+    inside a window, at the cost of a T x T mask per window and of scores that it throws away.
     """
     if flash.usable(q):
         return flash.attend(q, k, v, batch.cu_seqlens, longest=batch.window_tokens)
-    return _masked(q, k, v, batch)
-
-
-def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    B, T = batch.windows, batch.window_tokens
-    document = batch.document.view(B, 1, T)
-    mask = (document[..., :, None] == document[..., None, :]).tril()
-    grouped = q.shape[1] != k.shape[1]
-    q, k, v = (tensor.unflatten(0, (B, T)).transpose(1, 2) for tensor in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    shape, grouped, mask = (batch.windows, batch.window_tokens), q.shape[1] != k.shape[1], batch.attention_mask
+    q, k, v = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)

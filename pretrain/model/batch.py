@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,3 +32,12 @@ class MicroBatch:
     @property
     def window_tokens(self) -> int:
         return self.tokens.shape[0] // self.windows
+
+    @cached_property
+    def attention_mask(self) -> torch.Tensor | None:
+        """bool [windows, 1, T, T], true where a token may look: itself and what is before it in its document. None
+        where every window is one document, and causal is all there is to say."""
+        if len(self.cu_seqlens) - 1 == self.windows:
+            return None
+        document = self.document.view(self.windows, 1, -1)
+        return (document[..., :, None] == document[..., None, :]).tril()

@@ -6,16 +6,23 @@ Used on CUDA in 16-bit types where the package is installed; detected, never ass
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import lru_cache
 from typing import Any
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
 def _varlen() -> Any:
     """flash-attn's packed forward, or None where it is not installed."""
     if importlib.util.find_spec("flash_attn") is None:
+        _log.warning(
+            "flash-attn is not installed: softmax attention runs on torch's SDPA with a mask of T x T for each window, "
+            "slower and with more memory as documents get shorter or windows longer"
+        )
         return None
     from flash_attn import flash_attn_varlen_func
 

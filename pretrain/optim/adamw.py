@@ -64,12 +64,16 @@ class AdamW:
 
     @torch.no_grad()
     def gradient_norm(self, world: dist.ProcessGroup) -> float:
-        """L2 norm of the global gradient: every element counted once, by the rank whose layout owns it."""
-        owned = [shard.gradient for shard in self.shards if shard.owned]
+        """L2 norm of the global gradient: every element counted once, by the rank whose layout owns it.
+
+        NaN if any rank's gradient is not finite, a replica's that does not count included: it would be applied there.
+        """
         total = torch.zeros((), dtype=torch.float64)
-        if owned:
-            norms = torch.stack(list(torch._foreach_norm(owned, 2)))
-            total = norms.double().square().sum().cpu()
+        if self.shards:
+            norms = torch.stack(list(torch._foreach_norm([shard.gradient for shard in self.shards], 2))).double()
+            counted = norms.new_tensor([shard.owned for shard in self.shards])
+            finite = torch.where(norms.isfinite().all(), 0.0, torch.nan)
+            total = (torch.where(counted > 0, norms, 0.0).square().sum() + finite).cpu()
         return _all_reduce_scalar(total, world) ** 0.5
 
     @torch.no_grad()
@@ -100,10 +104,13 @@ class AdamW:
         """Optimizer slots for the checkpoint: ``optim.<slot>/<name>``, its Layout, this rank's part."""
         for shard, master in zip(self.shards, self.masters, strict=True):
             state: dict[str, Any] = self._inner.state[master]
-            for slot in ("exp_avg", "exp_avg_sq"):
-                yield f"optim.{slot}/{shard.name}", shard.layout, state[slot]
+            slots = {slot: state[slot] for slot in ("exp_avg", "exp_avg_sq")}
             if master.dtype != shard.weight.dtype:
-                yield f"optim.master/{shard.name}", shard.layout, master
+                slots["master"] = master
+            for slot, tensor in slots.items():
+                whole = shard.layout.flat is None
+                shaped = tensor.view(shard.layout.allocated_shape) if whole else tensor
+                yield f"optim.{slot}/{shard.name}", shard.layout, shaped
 
 
 def _master(shard: Shard) -> torch.Tensor:

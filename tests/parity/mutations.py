@@ -129,9 +129,9 @@ def _router_counts_of_one_rank() -> Iterator[None]:
     local: dict[Trainer, torch.Tensor] = {}
 
     def router_sums(self: Trainer) -> Any:
-        loads, aux = real_sums(self)
+        loads, balance, z = real_sums(self)
         local[self] = loads.clone()
-        return loads, aux
+        return loads, balance, z
 
     def apply(self: Trainer, report: Any, lr: float) -> None:
         load = {index: tuple(local[self][index, : len(counts)].tolist()) for index, counts in report.load.items()}

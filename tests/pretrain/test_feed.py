@@ -1,4 +1,4 @@
-"""The data log of a run across its attempts: what was appended stands, and what was changed holds from the next step."""
+"""The data log of a run across its attempts: what was appended stands, what was changed holds."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_change_holds_from_the_resumed_step_and_can_be_undone(config: RunConfi
 def test_a_running_feed_takes_over_what_is_appended_for_steps_to_come_only(config: RunConfig) -> None:
     feed, stores = begin(config, 0, changed=False), open_stores(config)
     part = Part()
-    plan, _ = feed.read(0, part)
+    feed.read(0, part)
     DataLog.open(config.run_dir / DATA_LOG).append(segment_of(load_shorter(config), stores, 2), 1)
     assert feed.read(1, part)[0].seq_len == 64 and feed.read(2, part)[0].seq_len == 32
     DataLog.open(config.run_dir / DATA_LOG).append(segment_of(config, stores, 3), 3)

@@ -71,6 +71,7 @@ def test_a_sequence_does_not_depend_on_what_is_generated_beside_it(model: Chunk)
     sampling = Sampling(max_tokens=10, temperature=1.0, seed=7)
     together = sample(model, [[5, 9], [11, 2, 8]], sampling, eos=None)
     assert sample(model, [[5, 9]], sampling, eos=None) == together[:1]
+    assert sample(model, [[11, 2, 8]], sampling, eos=None) == together[1:]
 
 
 def test_generation_ends_at_the_end_of_text_token(model: Chunk) -> None:
@@ -89,7 +90,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert abs(counts.count(0) / 4000 - 0.5) < 0.03 and counts.count(3) > 0
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_sampling_refuses_what_it_cannot_do(bad: dict[str, float]) -> None:
     with pytest.raises(Refusal, match=next(iter(bad))):
         Sampling(**bad)  # type: ignore[arg-type]
