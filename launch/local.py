@@ -61,7 +61,7 @@ def conclude(run_dir: Path, first_attempt: int, code: int, torchrun: Torchrun) -
     outcome, reason = _explain(ended, torchrun)
     if outcome is not ExitClass.REFUSED:  # rank 0 has said it
         where = f" ({path / TORCHRUN_LOG})" if path and outcome is ExitClass.FAULT else ""
-        print(f"{outcome.value}: {reason}{where}", file=sys.stderr, flush=True)
+        print(f"{outcome.value}: {' '.join(reason.split())}{where}", file=sys.stderr, flush=True)
     return outcome.code
 
 
@@ -73,7 +73,7 @@ def _explain(ended: Exit | None, torchrun: Torchrun) -> tuple[ExitClass, str]:
     if ended is None and failed is not None and failed.exit_code == ExitClass.REFUSED.code:
         return ExitClass.REFUSED, ""
     if ended is not None and ended.exit_class is ExitClass.FAULT and not killed:
-        return ExitClass.FAULT, f"rank {ended.rank}: {ended.cause}"
+        return ExitClass.FAULT, ended.cause if ended.rank is None else f"rank {ended.rank}: {ended.cause}"
     # Of a rank that was killed, the others know no more than that it is gone.
     return ExitClass.FAULT, f"{failed or 'torchrun ended'}; the same command goes on from the newest checkpoint"
 

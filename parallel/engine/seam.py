@@ -23,18 +23,47 @@ import torch
 
 from stoker.errors import Refusal
 
-#: Versions of megatron-core whose sources the corrections below were checked against.
+#: Versions of megatron-core that the parity suite was run against; any other is announced.
 CHECKED_VERSIONS = ("0.16.1",)
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Correction:
-    """One Megatron module that must see the CPU as its device. ``because`` is text that its source still holds."""
+    """Something of a Megatron module that Stoker works around. ``because`` is text that its source holds as long as
+    there is something to work around; ``note`` says what would go wrong and what is done instead."""
 
     module: str
     because: str
     note: str
 
+
+#: Wrong numbers without an error, on every device. What is done about each stands where the note says.
+CORRECTIONS = (
+    Correction(
+        "megatron.core.model_parallel_config",
+        "batch_p2p_comm: bool = True",
+        "batched transfers give wrong gradients in the interleaved schedule at pp=2 (row 9 of the CPU trial): "
+        "pipeline.py asks for overlapped, unbatched ones",
+    ),
+    Correction(
+        "megatron.core.distributed.distributed_data_parallel",
+        "getattr(param, 'allreduce', True)",
+        "expert tensors count as dense for ep=1 and drift apart under tp > etp (row 13): replicas.py marks every one",
+    ),
+    Correction(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_coalescing_manager",
+        "buffers of several dtypes are gathered in one call, which gloo corrupts: replicas.py gathers each by itself",
+    ),
+    Correction(
+        "megatron.core.distributed.finalize_model_grads",
+        "_update_router_expert_bias(model, config)",
+        "the router bias moves before any verdict on the step: replicas.py reduces gradients and nothing else",
+    ),
+)
 
 CPU_CORRECTIONS = (
     Correction(
@@ -89,26 +118,38 @@ class _CpuTorch(types.ModuleType):
 
 @lru_cache(maxsize=1)
 def install() -> tuple[Correction, ...]:
-    """Import Megatron-core and install what this machine needs, once per process; returns what was installed.
+    """Import Megatron-core, probe every correction and install what this machine needs, once per process; returns the
+    corrections at work.
 
     Raises Refusal when the installed Megatron-core no longer holds what a correction corrects.
     """
     quieten()
     import megatron.core
 
-    if torch.cuda.is_available():
-        return ()
+    version = megatron.core.__version__
+    if version not in CHECKED_VERSIONS:
+        _log.warning(
+            "megatron-core %s: the parity suite was run against %s; run `make verify` before you trust this one",
+            version,
+            ", ".join(CHECKED_VERSIONS),
+        )
+    on_cpu = () if torch.cuda.is_available() else CPU_CORRECTIONS
+    modules = {correction: _probed(correction, version) for correction in (*CORRECTIONS, *on_cpu)}
     view = _CpuTorch()
-    for correction in CPU_CORRECTIONS:
-        module = importlib.import_module(correction.module)
-        if correction.because not in inspect.getsource(module):
-            raise Refusal(
-                f"megatron-core {megatron.core.__version__}: {correction.module} no longer holds "
-                f"`{correction.because}` ({correction.note}); the CPU seam was checked against "
-                f"{', '.join(CHECKED_VERSIONS)}: install one of these or update parallel/engine/seam.py"
-            )
-        module.torch = view  # type: ignore[attr-defined]
-    return CPU_CORRECTIONS
+    for correction in on_cpu:
+        modules[correction].torch = view
+    return tuple(modules)
+
+
+def _probed(correction: Correction, version: str) -> Any:
+    """The module that a correction is about, if there is still something to correct."""
+    module = importlib.import_module(correction.module)
+    if correction.because not in inspect.getsource(module):
+        raise Refusal(
+            f"megatron-core {version}: {correction.module} no longer holds `{correction.because}` ({correction.note}); "
+            f"install {' or '.join(CHECKED_VERSIONS)}, or look again at parallel/engine/seam.py"
+        )
+    return module
 
 
 def quieten() -> None:

@@ -25,10 +25,11 @@ def run(source: str, overrides: list[str]) -> str:
     dist.broadcast_object_list(told, src=0)
     assert told[0] is not None
     number, resume_step = told[0]
-    ended = train(Session(config, rank, number, resume_step))
-    if attempt is not None:
-        attempt.finish(ended.exit_class, ended.cause, ended.rank)
-    return ended.exit_class.value
+    try:
+        return train(Session(config, rank, number, resume_step)).exit_class.value
+    finally:
+        if attempt is not None:
+            attempt.close()
 
 
 def stoker(*arguments: str) -> int:
