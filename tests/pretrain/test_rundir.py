@@ -19,7 +19,6 @@ from pretrain.config_yaml import parse_yaml
 from pretrain.rundir import Attempt, begin, inspect
 from stoker.errors import Refusal
 
-
 #: What the tests below count on, whatever the preset is tuned to.
 FIXED = ("run.steps=240", "train.lr=3e-3", "train.schedule.warmup_steps=20")
 
