@@ -103,11 +103,14 @@ def report(run: RunDir) -> None:
 
 
 @app.command()
-def bench(what: Annotated[Literal["kernels", "train", "data", "checkpoint"], typer.Argument()]) -> None:
+def bench(
+    what: Annotated[Literal["kernels", "train", "data", "checkpoint"], typer.Argument()],
+    save: Annotated[bool, typer.Option("--save", help="Also write the table to docs/measurements.")] = False,
+) -> None:
     """Ours against peers and the physical limit, in one run, as ratios."""
     from launch.commands_bench import bench
 
-    bench(what)
+    bench(what, save)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

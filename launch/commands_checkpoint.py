@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -20,31 +20,43 @@ Step = Annotated[int | None, typer.Option(help="Which checkpoint; by default the
 
 @checkpoint.command()
 def ls(run: Run) -> None:
-    """List a run's checkpoints."""
-    store, _ = find(run)
-    for step in store.steps():
-        manifest = store.manifest(step)
+    """List a run's checkpoints, damaged ones too."""
+    store, named = find(run)
+    for step in steps_of(store, named):
+        try:
+            manifest = store.manifest(step)
+        except Refusal as refusal:
+            typer.echo(f"step {step:8,}  {refusal}")
+            continue
         size = sum(manifest.data.values()) + sum(sealed.bytes for sealed in manifest.sealed.values())
         typer.echo(
             f"step {step:8,}  {size / 2**20:9.1f} MiB  {len(manifest.tensors):5,} tensors  written by attempt "
             f"{manifest.attempt} on {manifest.world_size} ranks"
         )
+    if named is None:
+        for folder in set_aside(store):
+            typer.echo(f"{folder}  set aside as damaged")
 
 
 @checkpoint.command()
 def verify(run: Run, step: Step = None) -> None:
-    """Read every byte of a checkpoint and name what is damaged; all of the run's, unless one is named."""
+    """Read every byte of a checkpoint and name what is damaged; all of the run's, unless one is named. Exit code 1 if
+    any is, those included that a resume has set aside."""
     store, named = find(run, step)
     damaged = 0
-    for number in store.steps() if named is None else [named]:
+    for number in steps_of(store, named):
         found = store.verify(number)
         for damage in found:
             typer.echo(f"step {number}: {damage}")
         if not found:
             typer.echo(f"step {number}: whole")
         damaged += bool(found)
+    for folder in set_aside(store) if named is None else ():
+        typer.echo(f"{folder}: set aside as damaged")
+        damaged += 1
     if damaged:
-        raise Refusal(f"{damaged} of the checkpoints of {run} are damaged, as said above: resume from another step")
+        typer.echo(f"damaged: {damaged} of the checkpoints of {run}, as said above: resume from another", err=True)
+        raise typer.Exit(1)
 
 
 @checkpoint.command()
@@ -87,25 +99,44 @@ def import_(
 
 
 def find(run: Path, step: int | None = None) -> tuple[CheckpointStore, int | None]:
-    """The checkpoints of a run directory, and the step that was named: by number, or by giving its folder."""
-    from pretrain.checkpoint.folders import found
+    """The checkpoints of a run directory, whole or not, and the step that was named: by number, or by giving its
+    folder. Raises Refusal where there is none; a folder that was set aside is no step of the run."""
+    from pretrain.checkpoint import folders
     from pretrain.checkpoint.store import CheckpointStore
     from pretrain.rundir import CHECKPOINTS
 
-    if run.name.startswith("step_"):
-        named = [number for number in found(run.parent) if int(run.name[5:].split(".")[0]) == number]
-        return CheckpointStore(run.parent), named[0] if named else _refuse_absent(run)
-    store = CheckpointStore(run / CHECKPOINTS)
-    if not store.steps():
-        _refuse_absent(run)
-    return store, step
+    if not run.name.startswith("step_"):
+        root = run / CHECKPOINTS
+        if not folders.found(root) and not folders.damaged(root):
+            _refuse_absent(run)
+        return CheckpointStore(root), step
+    if step is not None:
+        raise Refusal(f"--step={step}, and {run} is the folder of a step: give the run directory, or leave out --step")
+    named = [number for number in folders.found(run.parent) if folders.path(run.parent, number).name == run.name]
+    return CheckpointStore(run.parent), named[0] if named else _refuse_absent(run)
 
 
 def newest(run: Path, step: int | None = None) -> tuple[CheckpointStore, int]:
-    """As ``find``, with the newest step where none was named."""
+    """As ``find``, with the newest committed step where none was named."""
     store, named = find(run, step)
-    return store, max(store.steps()) if named is None else named
+    if named is None:
+        named = store.latest()
+    return store, _refuse_absent(run) if named is None else named
 
 
-def _refuse_absent(run: Path) -> int:
+def steps_of(store: CheckpointStore, named: int | None) -> list[int]:
+    """The step that was named, or every step that has a folder: one that lost its COMMIT too."""
+    from pretrain.checkpoint.folders import found
+
+    return found(store.root) if named is None else [named]
+
+
+def set_aside(store: CheckpointStore) -> list[str]:
+    """Names of the folders that a resume found damaged and renamed."""
+    from pretrain.checkpoint.folders import damaged
+
+    return [name for name in damaged(store.root) if ".quarantined" in name]
+
+
+def _refuse_absent(run: Path) -> NoReturn:
     raise Refusal(f"{run} holds no committed checkpoint: give a run directory (runs/demo) or a step's folder in it")

@@ -62,6 +62,8 @@ class Kill:
             steps = committed_steps(root)
             if steps and num_lines(root) >= max(steps) + after:
                 time.sleep(self.chance.uniform(0, self.pause_s))
+                if num_lines(root) <= max(committed_steps(root)):
+                    continue  # a checkpoint came meanwhile: nothing would be done twice
                 ranks = torchrun.ranks()
                 if not ranks:
                     return
@@ -94,8 +96,10 @@ def _demo(overrides: Sequence[str], began: float) -> int:
 
     _title(f"train on {RANKS} processes, and kill one")
     kill = Kill(config)
-    train(PRESET, overrides, RANKS, watch=kill.watch)
+    code = train(PRESET, overrides, RANKS, watch=kill.watch)
     if kill.rank is None:
+        if code:
+            return code
         raise Refusal(f"the run ended before a rank could be killed: raise run.steps above {config.run.steps}")
     _title("the same command again")
     if code := train(PRESET, overrides, RANKS):
@@ -232,6 +236,8 @@ def _judge(
         wrong.append(f"held-out loss {held_out:.3f} is not below the unigram entropy of the corpus, {entropy:.3f}")
     if not _imbalance(run) <= MAX_IMBALANCE:
         wrong.append(f"expert load {_imbalance(run):.2f} is above {MAX_IMBALANCE}")
+    if not redone.steps:
+        wrong.append("no step was done twice: that resuming repeats the run was not shown")
     if redone.equal != redone.steps:
         wrong.append(f"{redone.steps - redone.equal} redone steps came out differently")
     for reason in wrong:

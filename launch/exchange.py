@@ -8,8 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dataio.types import TokenizerId
+from parallel.planning.layout import Coords, Layout
 from pretrain.checkpoint.store import CheckpointStore
 from stoker.errors import Refusal
+from stoker.hashing import sha256_file
 
 
 def export_zarr(store: CheckpointStore, step: int, out: Path) -> None:
@@ -19,8 +24,6 @@ def export_zarr(store: CheckpointStore, step: int, out: Path) -> None:
     """
     import zarr
 
-    from launch.checkpoint_diff import ALONE
-    from parallel.planning.layout import Layout
     from pretrain.checkpoint.shards import flat
 
     _refuse_existing(out)
@@ -28,11 +31,12 @@ def export_zarr(store: CheckpointStore, step: int, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         group = zarr.create_group(str(partial), attributes={"step": step, "meta": store.meta(step)})
-        for name, stored in store.manifest(step).tensors.items():
-            tensors, _ = store.load(step, {name: Layout(stored.grid.shape)}, ALONE, ignore=("",))
+        tensors = store.manifest(step).tensors
+        for name, values in store.read(step, tensors):
+            stored = tensors[name]
             group.create_array(
                 name,
-                data=flat(tensors[name]).reshape(stored.grid.shape),
+                data=flat(values).reshape(stored.grid.shape),
                 chunks=stored.grid.chunk,
                 compressors=zarr.codecs.Crc32cCodec(),
                 attributes={"dtype": stored.dtype},
@@ -61,10 +65,12 @@ def import_hf(source: str, overrides: Sequence[str], folder: Path, drop: tuple[s
     """Make the run of a configuration begin from a Hugging Face folder: its checkpoint of step 0, with fresh moments.
     Runs in this process, so the model and its optimizer fit in its memory. Says what was done.
 
-    Raises Refusal where the folder's model is not the configuration's, and where the run has begun already.
+    Masters of a bfloat16 run take the values that the folder has, not their rounding. Raises Refusal where the folder's
+    model or tokenizer is not the configuration's, and where the run has begun already.
     """
     from pretrain.attempt import ExitClass
     from pretrain.config import load
+    from pretrain.data import open_stores
     from pretrain.exchange import hf
     from pretrain.restore import alone
     from pretrain.run import World, validate
@@ -77,22 +83,46 @@ def import_hf(source: str, overrides: Sequence[str], folder: Path, drop: tuple[s
     refuse_other_model(spec, theirs, folder)
     start = validate(config, World(rank=0, size=1, local_rank=0), announce=_silent)
     assert start is not None
+    note = compare_tokenizer(folder, next(iter(open_stores(config).values())).tokenizer)
     if start.resume_step is not None:
         raise Refusal(f"{config.run_dir} has begun: it holds step {start.resume_step}. Choose another run.name")
     alone(len(spec.layers))
     attempt = begin(start, config, config.plan(1, announce=_silent))
     try:
         session = Session(config, 0, attempt.number, None)
-        trainer = session.trainer
-        for name, tensor in (*trainer.parameters.items(), *trainer.state.items()):
-            if name in weights:  # a router bias that they lack stays at zero
-                tensor.data.copy_(weights[name])
-        trainer.optimizer.copy_weights_to_masters()
+        for name, layout, tensor in session.trainer.tensors():
+            source = name.removeprefix("optim.master/")
+            if source in weights:  # a router bias that they lack stays at zero
+                fill(tensor, layout, session.groups.coords, weights[source])
         session.save(0)
         attempt.finish(ExitClass.DONE, f"imported {folder}")
     finally:
         attempt.close()
-    return f"{config.run_dir}: step 0 holds the weights of {folder}; stoker train goes on from it"
+    return f"{config.run_dir}: step 0 holds the weights of {folder}; stoker train goes on from it{note}"
+
+
+def fill(tensor: torch.Tensor, layout: Layout, coords: Coords, values: torch.Tensor) -> None:
+    """Set this rank's part of a tensor, contiguous, from the values of all of it; rounds to the tensor's dtype."""
+    local = tensor.view(-1)
+    for piece in layout.slices(coords):
+        box = tuple(slice(start, stop) for start, stop in zip(piece.start, piece.stop))
+        local[piece.offset : piece.offset + piece.numel].copy_(values[box].reshape(-1))
+
+
+def compare_tokenizer(folder: Path, ours: TokenizerId) -> str:
+    """Raise Refusal where a folder's tokenizer.json is not the one that the stores were made with: its tokens would
+    mean other text. A remark where there is none to compare."""
+    from pretrain.data import TOKENIZER
+
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return f"\n{folder} holds no {TOKENIZER}: that the model knows the tokens of the stores could not be checked"
+    if (theirs := sha256_file(path)) != ours.sha256:
+        raise Refusal(
+            f"{path} (SHA-256 {theirs[:12]}) is not the tokenizer of the stores ({ours.sha256[:12]}): prepare the "
+            "stores with it"
+        )
+    return ""
 
 
 def refuse_other_model(ours: Any, theirs: Any, folder: Path, where: str = "model") -> None:

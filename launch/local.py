@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from launch.machine import choose_ranks, environment_for
-from launch.torchrun import Torchrun, command, command_line
-from pretrain.attempt import Exit, ExitClass, read_exit
+from launch.torchrun import Failure, Torchrun, command, command_line
+from pretrain.attempt import Exit, ExitClass, amend_exit, read_exit, record_exit
 from pretrain.config import load
 from pretrain.run import World, validate
 from pretrain.rundir import attempt_path, attempts
@@ -56,6 +56,8 @@ def conclude(run_dir: Path, first_attempt: int, code: int, torchrun: Torchrun) -
     ended = read_exit(path) if path else None
     if path and torchrun.report:
         write_atomic(path / TORCHRUN_LOG, torchrun.report)
+    if path and torchrun.failure and torchrun.failure.killed:
+        _name_killed(path, ended, torchrun.failure)
     if code == 0:
         return ExitClass.DONE.code
     outcome, reason = _explain(ended, torchrun)
@@ -65,9 +67,17 @@ def conclude(run_dir: Path, first_attempt: int, code: int, torchrun: Torchrun) -
     return outcome.code
 
 
+def _name_killed(path: Path, ended: Exit | None, killed: Failure) -> None:
+    """Complete ``exit.json`` where no rank could say whose fault the end was."""
+    if ended is None:
+        record_exit(path, ExitClass.FAULT, str(killed), killed.rank)
+    elif ended.exit_class is ExitClass.FAULT and ended.rank is None:
+        amend_exit(path, str(killed), killed.rank)
+
+
 def _explain(ended: Exit | None, torchrun: Torchrun) -> tuple[ExitClass, str]:
     failed = torchrun.failure
-    killed = failed is not None and failed.exit_code < 0
+    killed = failed is not None and failed.killed
     if ended is not None and ended.exit_class not in (ExitClass.FAULT, ExitClass.DONE):
         return ended.exit_class, ended.cause
     if ended is None and failed is not None and failed.exit_code == ExitClass.REFUSED.code:

@@ -24,8 +24,12 @@ class Failure:
     rank: int
     exit_code: int
 
+    @property
+    def killed(self) -> bool:
+        return self.exit_code < 0
+
     def __str__(self) -> str:
-        if self.exit_code < 0:
+        if self.killed:
             return f"rank {self.rank} was killed by {signal.Signals(-self.exit_code).name}"
         return f"rank {self.rank} ended with exit code {self.exit_code}"
 

@@ -89,6 +89,15 @@ def record_exit(attempt_path: Path, exit_class: ExitClass, cause: str = "", rank
     return True
 
 
+def amend_exit(attempt_path: Path, cause: str, rank: int) -> None:
+    """Name the guilty rank in an ``exit.json`` that could not: one that was killed says nothing, and the others know
+    only that it is gone. For the launcher, once every rank has ended."""
+    path = attempt_path / "exit.json"
+    value = json.loads(path.read_bytes())
+    formats.require(value, "exit", 1, path)
+    write_atomic(path, json.dumps({**value, "cause": mask(cause), "rank": rank}, indent=2) + "\n")
+
+
 def read_exit(attempt_path: Path) -> Exit | None:
     """How an attempt ended; None if it did not say: it runs, or it was killed."""
     path = attempt_path / "exit.json"

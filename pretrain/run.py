@@ -113,10 +113,13 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
         _leave(config, number, ExitClass.REFUSED, str(refusal), None)
         return ExitClass.REFUSED.code
     except BaseException as error:
-        traceback.print_exc()
-        # A rank that loses its peer is not the guilty one: that one says why itself, or was killed.
-        lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_IS_GONE)
-        cause = f"{'another rank is gone: ' if lost else ''}{type(error).__name__}: {error}"
+        if lost := _lost_peer(error):
+            # Not the guilty one: that one says why itself, or was killed and the launcher says it.
+            cause = f"another rank is gone ({lost})"
+            print(f"rank {world.rank}: {cause}", file=sys.stderr, flush=True)
+        else:
+            cause = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
         _leave(config, number, ExitClass.FAULT, cause, None if lost else world.rank)
         return ExitClass.FAULT.code
     finally:
@@ -124,6 +127,13 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
             attempt.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _lost_peer(error: BaseException) -> str | None:
+    """The line of an error that says that another rank is gone; None where it says something else."""
+    if not isinstance(error, RuntimeError):
+        return None
+    return next((line for line in str(error).splitlines() if any(sign in line for sign in PEER_IS_GONE)), None)
 
 
 def _join(world: World, config: RunConfig) -> None:

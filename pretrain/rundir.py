@@ -1,7 +1,8 @@
 """The run directory: what a run leaves behind, attempt by attempt. No torch.
 
 First ``inspect``, which only reads and refuses; then, on rank 0, ``begin``, which writes. Everything here has one
-writer, rank 0, but ``exit.json``: there the first rank that knows why the attempt ended writes, and it stands.
+writer, rank 0, but ``exit.json``: there the first rank that knows why the attempt ended writes, and it stands; the
+launcher adds the rank that was killed, which could not.
 """
 
 from __future__ import annotations

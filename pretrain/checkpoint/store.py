@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -27,6 +27,7 @@ from pretrain.checkpoint.damage import Damage, Damaged
 from pretrain.checkpoint.manifest import (
     COMMIT,
     MANIFEST,
+    MAX_JSON_BYTES,
     META,
     REFS,
     Manifest,
@@ -41,6 +42,11 @@ from stoker import canonical
 from stoker.errors import Refusal
 
 log = logging.getLogger(__name__)
+
+#: Coordinates of the one rank that holds all of every tensor.
+ALONE = dict.fromkeys(("tp", "cp", "dp", "pp", "etp", "ep", "edp"), 0)
+#: Tensors that ``CheckpointStore.read`` reads together, bytes; a larger one is read alone.
+READ_BYTES = 256 * 2**20
 
 
 class SaveHandle:
@@ -92,8 +98,9 @@ class CheckpointStore:
         ``tensors``: ``{global name: (Layout, this rank's tensor)}`` of what this rank holds, on any device; of replicas
         the owner's is written. ``meta``: JSON, the same on every rank. ``extra_files``: small and opaque, those of
         rank 0 are kept. ``attempt``: grows with every launch of the run; an older one is fenced off.
-        Raises Refusal, on all ranks and before anything is written, for arguments that do not fit together and for an
-        attempt that is over. A disk that fails is ``SaveHandle.error``, on all ranks too.
+        Raises Refusal, on all ranks, for arguments that do not fit together and for an attempt that is over, before
+        anything is written; and for a manifest too large to be read again, when nothing of the step is kept. A disk
+        that fails is ``SaveHandle.error``, on all ranks too.
         """
         peers = self._peers
         with peers.together():
@@ -116,9 +123,11 @@ class CheckpointStore:
                     sealed = {META: meta_json, **(extra_files or {})}
                     self._seal(working, step, attempt, stored, data, sealed)
                     folders.commit(self.root, step, attempt)
-        except OSError as error:
+        except (OSError, Refusal) as error:
             if peers.rank == 0:
                 shutil.rmtree(working, ignore_errors=True)
+            if isinstance(error, Refusal):
+                raise
             log.error("checkpoint of step %d failed, nothing of it is kept: %s", step, error)
             return SaveHandle(error)
         return SaveHandle()
@@ -145,6 +154,11 @@ class CheckpointStore:
         sealed = {name: Sealed(len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
         manifest = Manifest(step, attempt, self._peers.size, stored, data, sealed)
         raw = manifest.to_json()
+        if len(raw) > MAX_JSON_BYTES:
+            raise Refusal(
+                f"{MANIFEST} of step {step} would have {len(raw)} bytes, and no more than {MAX_JSON_BYTES} are read: "
+                f"{len(stored)} tensors have too many chunks for one checkpoint"
+            )
         _write_durably(working / MANIFEST, raw)
         _write_durably(working / COMMIT, commit_record(manifest, raw))
 
@@ -273,6 +287,18 @@ class CheckpointStore:
         """The meta of a checkpoint, verified; needs no layout. Raises Refusal as ``file`` does."""
         return dict(json.loads(self.file(step, META)))
 
+    def read(self, step: int, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of each tensor, by stored name, in this order (None: all of them), on the CPU, verified; several share
+        one reading. Not collective. Raises Refusal, also for a damaged checkpoint, when it comes to the damage."""
+        manifest, folder = self.manifest(step), folders.path(self.root, step)
+        for group in _groups(manifest, manifest.tensors if names is None else names):
+            layouts = {loading.current_name(name): Layout(manifest.tensors[name].grid.shape) for name in group}
+            try:
+                tensors = loading.read_tensors(folder, manifest, layouts, ALONE, None)
+            except Damaged as damaged:
+                raise Refusal(f"checkpoint of step {step} is damaged: {damaged}") from damaged
+            yield from zip(group, tensors.values(), strict=True)
+
     def fence(self, attempt: int) -> None:
         """Call once when an attempt begins, on one rank: from now on no save of an older attempt commits."""
         folders.fence(self.root, attempt)
@@ -303,6 +329,22 @@ class CheckpointStore:
                 for other in later:
                     folders.set_aside(self.root, other, "abandoned")
         return later
+
+
+def _groups(manifest: Manifest, names: Iterable[str]) -> Iterator[list[str]]:
+    """Names in runs of at most ``READ_BYTES`` of stored chunks, or of one."""
+    group: list[str] = []
+    size = 0
+    for name in names:
+        stored = manifest.tensors[name]
+        num_bytes = stored.chunk_bytes * len(stored.chunks)
+        if group and size + num_bytes > READ_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += num_bytes
+    if group:
+        yield group
 
 
 def _raise_any(damage: list[Damage]) -> None:

@@ -93,13 +93,6 @@ class AdamW:
             if master.dtype != shard.weight.dtype:
                 shard.weight.copy_(master)
 
-    @torch.no_grad()
-    def copy_weights_to_masters(self) -> None:
-        """After weights were set from outside (initialisation, an imported checkpoint without masters)."""
-        for shard, master in zip(self.shards, self.masters, strict=True):
-            if master.dtype != shard.weight.dtype:
-                master.copy_(shard.weight)
-
     def tensors(self) -> Iterator[tuple[str, Layout, torch.Tensor]]:
         """Optimizer slots for the checkpoint: ``optim.<slot>/<name>``, its Layout, this rank's part."""
         for shard, master in zip(self.shards, self.masters, strict=True):

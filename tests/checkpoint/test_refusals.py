@@ -12,11 +12,12 @@ import torch
 
 from parallel.planning.layout import Layout, Split
 from pretrain import spec
+from pretrain.checkpoint import store
 from pretrain.checkpoint.store import CheckpointStore
 from stoker.errors import Refusal
-from tests.checkpoint.state import bits_equal, layouts, parts, plan
+from tests.checkpoint.state import bits_equal, global_state, layouts, parts, plan
 from tests.checkpoint.whole import COORDS, LAYOUTS, build, state
-from tests.checkpoint.world import on_ranks
+from tests.checkpoint.world import on_ranks, save
 
 Change = Callable[[dict[str, Any]], Any]
 WEIGHT = "embed.weight"
@@ -66,6 +67,29 @@ def test_p7_save_refuses(case: str, tmp_path: Path) -> None:
         CheckpointStore(tmp_path / "checkpoints").save(**call)
     assert CheckpointStore(tmp_path / "checkpoints").steps() == []
     assert not list(tmp_path.rglob("data-*"))
+
+
+def test_a_manifest_that_no_load_would_read_is_refused_on_all_ranks_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, where = tmp_path / "checkpoints", plan(2, tp=2)
+    save(root, 4, global_state(), where)
+    size = (root / "step_00000004" / "manifest.json").stat().st_size
+    monkeypatch.setattr(store, "MAX_JSON_BYTES", size)
+    save(root, 5, global_state(), where)
+    monkeypatch.setattr(store, "MAX_JSON_BYTES", size - 1)
+    refusals: list[str] = []
+
+    def job(mine: CheckpointStore, rank: int) -> None:
+        coords = where.coords(rank)
+        tensors = {name: (layouts(where)[name], t) for name, t in parts(global_state(), layouts(where), coords).items()}
+        with pytest.raises(Refusal, match=rf"manifest.json of step 6 would have {size} bytes") as refusal:
+            mine.save(6, tensors, {"step": 6}, coords, 1)
+        refusals.append(str(refusal.value))
+
+    on_ranks(root, 2, job)
+    assert len(refusals) == 2
+    assert sorted(path.name for path in root.glob("step_*")) == ["step_00000004", "step_00000005"]
 
 
 @pytest.mark.parametrize(

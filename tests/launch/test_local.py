@@ -10,7 +10,7 @@ import pytest
 
 from launch.local import TORCHRUN_LOG, conclude
 from launch.torchrun import Failure
-from pretrain.attempt import ExitClass, record_exit
+from pretrain.attempt import Exit, ExitClass, read_exit, record_exit
 from pretrain.rundir import attempt_path
 
 
@@ -59,3 +59,27 @@ def test_the_exit_code_is_that_of_the_attempt_and_one_line_says_why(
     err = capfd.readouterr().err
     assert says in err and err.count("\n") == bool(says), err
     assert not path.exists() or (path / TORCHRUN_LOG).read_text() == torchrun.report
+
+
+SAID = {
+    "by nobody": (None, Exit(ExitClass.FAULT, "rank 1 was killed by SIGKILL", 1)),
+    "by one that lost it": (
+        Exit(ExitClass.FAULT, "another rank is gone (reset)", None),
+        Exit(ExitClass.FAULT, "rank 1 was killed by SIGKILL", 1),
+    ),
+    "by the guilty one": (Exit(ExitClass.FAULT, "KeyError", 0), Exit(ExitClass.FAULT, "KeyError", 0)),
+    "as no fault": (Exit(ExitClass.PREEMPTED, "saved", None), Exit(ExitClass.PREEMPTED, "saved", None)),
+}
+
+
+@pytest.mark.parametrize("how", SAID)
+def test_a_rank_that_was_killed_stands_in_exit_json_where_no_other_was_to_blame(how: str, tmp_path: Path) -> None:
+    said, stands = SAID[how]
+    path = attempt_path(tmp_path, 1)
+    path.mkdir(parents=True)
+    if said is not None:
+        record_exit(path, said.exit_class, said.cause, said.rank)
+    torchrun: Any = Ended(Failure(1, -9))
+    conclude(tmp_path, 1, 1, torchrun)
+    assert read_exit(path) == stands
+    assert sorted(entry.name for entry in path.iterdir()) == ["exit.json", TORCHRUN_LOG]

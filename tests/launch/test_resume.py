@@ -14,7 +14,7 @@ import pytest
 from launch.demo import Kill, num_lines
 from launch.local import train
 from launch.torchrun import Torchrun
-from pretrain.attempt import read_exit
+from pretrain.attempt import Exit, ExitClass, read_exit
 from pretrain.config import load
 from pretrain.rundir import attempt_path, attempts, committed_steps
 from tests.launch.tiny import fixed, tiny
@@ -41,6 +41,10 @@ def test_p5_killed_then_asked_to_end_then_finished_is_the_run_that_was_not(
     assert kill.rank is not None
     said = capfd.readouterr()
     assert f"fault: rank {kill.rank} was killed by SIGKILL" in said.err
+    assert f"rank {1 - kill.rank}: another rank is gone (" in said.err and "Traceback" not in said.err
+    assert read_exit(attempt_path(root, 1)) == Exit(
+        ExitClass.FAULT, f"rank {kill.rank} was killed by SIGKILL", kill.rank
+    )
     assert (
         "ChildFailedError" not in said.err and "ChildFailedError" in (root / "attempts/0001/torchrun.log").read_text()
     )

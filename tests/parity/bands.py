@@ -14,6 +14,7 @@ from pathlib import Path
 
 from parallel.planning.plan import ParallelPlan
 from stoker.files import write_atomic
+from stoker.version import code_commit
 from tests.parity import jobs
 from tests.parity.pool import Pool
 from tests.parity.specs import HYBRID, ONE, plan
@@ -53,8 +54,9 @@ def measure(pool: Pool, dtype: str, steps: int) -> dict[str, tuple[float, float]
 
 def table(bands: dict[str, dict[str, tuple[float, float]]], steps: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    commit = code_commit() or "unknown"
     lines = [
-        f"Measured {datetime.date.today().isoformat()} on CPU and gloo with {packages}, by "
+        f"Measured {datetime.date.today().isoformat()} at commit {commit} on CPU and gloo with {packages}, by",
         f"`python -m tests.parity.bands --steps {steps}`:",
         "the hybrid mixture of experts of the suite, learning rate 1e-3, against one process of the same dtype;",
         f"largest relative difference of the loss in the first {max(1, steps // 10)} steps / in all {steps}.",
