@@ -32,7 +32,8 @@ app.add_typer(checkpoint)
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A .yaml file, or the name of a preset.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="What differs from it.")]
-Ranks = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as suit this machine.")]
+_RANKS_HELP = "Processes; by default as many as suit this machine."
+Ranks = Annotated[int | None, typer.Option("--ranks", "--gpus", min=1, help=_RANKS_HELP)]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
 
 
