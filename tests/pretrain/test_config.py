@@ -153,7 +153,7 @@ def test_p7_a_missing_file_and_a_misspelt_preset_are_refused(tmp_path: Path) -> 
         (2, ["parallel.tp=3"], "does not divide world_size=2"),
         (5, [], "does not divide global_batch=12"),
         (3, ["parallel.tp=3", "parallel.sequence_parallel=true"], "tp=3 does not divide"),
-        (2, ["parallel.tp=2"], "needs sequence_parallel=true"),
+        (2, ["parallel.tp=2"], "routing cuts the 1*65 = 65 tokens of a micro-batch over tp=2"),
         (3, ["parallel.ep=3"], "ep=3 does not divide"),
         (2, ["parallel.cp=2"], "cp"),
         (2, ["parallel.vpp=2"], "needs pp > 1"),
