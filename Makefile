@@ -1,4 +1,4 @@
-# Every target makes its own environment: nothing is asked of the machine but Python 3.11 or newer and a C compiler.
+# Every target makes its own environment: nothing is asked of the machine but Python 3.11 or newer and g++.
 # PYTHON: the interpreter that makes the environment.   PYTEST: extra arguments, e.g. make test PYTEST="-x -k layout".
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ READY  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo data test lint verify faults soak gpu-check clean
+.PHONY: help demo data test lint kernels verify faults soak gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -28,7 +28,11 @@ lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+kernels: $(READY) ## compile the kernels for this processor and, with nvcc, for GPUs: registers, spills, seconds
+	$(RUN) -m kernels.toolchain
+
 verify: lint ## the whole of it, long tests included
+	$(RUN) -m kernels.toolchain --check
 	$(RUN) -m pytest --hypothesis-profile verify $(PYTEST)
 
 gpu-check: $(READY) ## the tests that need a GPU; skips with the reason where there is none
@@ -53,5 +57,5 @@ $(READY): pyproject.toml
 	@command -v nvidia-smi >/dev/null || $(RUN) -m pip show --quiet torch 2>/dev/null \
 	  || $(RUN) -m pip install --quiet 'torch==2.13.0+cpu' 2>/dev/null \
 	  || echo "No CPU wheel of torch in this package index: the plain one follows, which is gigabytes larger." >&2
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(RUN) -m pip install --quiet --editable '.[test,native]'
 	@touch $@

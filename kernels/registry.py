@@ -59,10 +59,7 @@ def operators() -> list[str]:
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Implementation:
     """The implementation to run; says which, once per operator, device and dtype. Can be traced by torch.compile."""
-    if op in _forced:
-        chosen = _named(op, _forced[op])
-    else:
-        chosen = next(i for i in implementations(op) if i.supports(device.type, dtype, shape))
+    chosen = _named(op, _forced.get(op) or _preferred(op, device.type, dtype, shape))
     _announce(op, device.type, str(dtype), chosen.name, chosen.cost.get(device.type, ""))
     return chosen
 
@@ -80,6 +77,12 @@ def force(op: str, name: str) -> Iterator[None]:
             del _forced[op]
         else:
             _forced[op] = before
+
+
+@torch.compiler.assume_constant_result
+def _preferred(op: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    """Not traced: to know whether it can run, a compiled implementation looks for its library, or builds it."""
+    return next(i for i in implementations(op) if i.supports(device, dtype, shape)).name
 
 
 def _named(op: str, name: str) -> Implementation:

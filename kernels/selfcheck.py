@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import registry, tolerance
-from kernels.gated_delta.op import gated_delta
-from kernels.samples import Decay, cu_seqlens_of, gated_delta_inputs, short_conv_inputs
-from kernels.short_conv.op import short_conv
+from kernels.cases import CASES, Case
 
 
 @dataclass(frozen=True)
@@ -37,55 +34,36 @@ class Row:
         return self.error <= self.bound
 
 
-@dataclass(frozen=True)
-class _Case:
-    op: str
-    name: str
-    inputs: dict[str, Tensor]
-    cu_seqlens: Tensor
-    outputs: tuple[str, ...]
-    call: Callable[..., Any]
-
-
 def check(short: bool = False, device: str | None = None) -> list[Row]:
     """Runs the checks; ``short`` takes well under a second on CPU. ``device``: cuda where there is one, else cpu."""
     at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtypes = [torch.float32] if short else [torch.float64, torch.float32, torch.bfloat16]
-    return [row for dtype in dtypes for case in _cases(dtype, short) for row in _compare(case, dtype, at)]
+    dtypes = [torch.float64, torch.float32, torch.bfloat16]
+    if short:
+        dtypes = [torch.bfloat16] if at.type == "cuda" else [torch.float32]
+    every = ((dtype, case) for dtype in dtypes for cases in CASES for case in cases(dtype, short))
+    return [row for dtype, case in every for row in _compare(case, dtype, at)]
 
 
-def _cases(dtype: torch.dtype, short: bool) -> Iterator[_Case]:
-    lengths = [65, 1, 30] if short else [130, 1, 63, 64, 65]
-    cu_seqlens = cu_seqlens_of(lengths)
-    decays: Sequence[Decay] = ("trained", "extreme") if short else ("trained", "none", "extreme")
-    for heads in ((1, 2),) if short else ((2, 2), (1, 3)):
-        for decay in decays:
-            inputs = gated_delta_inputs(lengths, heads, (16, 24), dtype, decay)
-            name = f"heads {heads[0]}/{heads[1]}, decay {decay}"
-            yield _Case("gated_delta", name, inputs, cu_seqlens, ("o", "final_state"), gated_delta)
-    for width in (4,) if short else (1, 2, 4):
-        inputs = short_conv_inputs(lengths, 40, width, dtype)
-        yield _Case("short_conv", f"{width} taps", inputs, cu_seqlens, ("y",), short_conv)
-
-
-def _compare(case: _Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    actual = _outputs_and_gradients(case, {name: x.to(device) for name, x in case.inputs.items()})
+def _compare(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    actual = outputs_and_gradients(case, {name: x.to(device) for name, x in case.inputs.items()})
     with registry.force(case.op, "reference"):
-        expected = _outputs_and_gradients(case, {name: x.double() for name, x in case.inputs.items()})
-    shape = tuple(next(iter(case.inputs.values())).shape[1:])
-    chosen = registry.choose(case.op, device, dtype, shape).name
+        expected = outputs_and_gradients(case, {name: x.double() for name, x in case.inputs.items()})
+    chosen = registry.choose(case.op, device, dtype, case.shape).name
     for output, value in actual.items():
         bound = tolerance.bound(dtype, output)
         error = tolerance.error(value, expected[output])
         yield Row(case.op, chosen, str(dtype).removeprefix("torch."), case.name, output, error, bound)
 
 
-def _outputs_and_gradients(case: _Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def outputs_and_gradients(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every output, and the gradient of every input for fixed random cotangents."""
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    leaves = {name: x.detach().requires_grad_(case.differentiable) for name, x in inputs.items()}
     device = next(iter(leaves.values())).device
-    result = case.call(**leaves, cu_seqlens=case.cu_seqlens.to(device))
+    constants = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.constants.items()}
+    result = case.call(**leaves, **constants)
     outputs = dict(zip(case.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+    if not case.differentiable:
+        return outputs
     generator = torch.Generator().manual_seed(1)
     # Drawn in float32 and rounded to bfloat16, so that every dtype and device is given the same cotangents.
     cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs.values()]
@@ -94,18 +72,18 @@ def _outputs_and_gradients(case: _Case, inputs: dict[str, Tensor]) -> dict[str, 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The worst case of every operator, dtype and output, and every row that failed."""
-    worst: dict[tuple[str, str, str], Row] = {}
+    """The worst case of every operator, implementation, dtype and output, and every row that failed."""
+    worst: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        key = (row.op, row.dtype, row.output)
+        key = (row.op, row.implementation, row.dtype, row.output)
         if key not in worst or row.error > worst[key].error:
             worst[key] = row
     shown = list(worst.values()) + [row for row in rows if not row.passed and row not in worst.values()]
-    lines = [f"{'operator':12} {'runs':10} {'dtype':9} {'output':14} {'error':>8} {'bound':>8}  worst case"]
+    lines = [f"{'operator':13} {'runs':10} {'dtype':9} {'output':14} {'error':>8} {'bound':>8}  worst case"]
     for row in shown:
         verdict = "" if row.passed else "   FAILED"
         lines.append(
-            f"{row.op:12} {row.implementation:10} {row.dtype:9} {row.output:14} "
+            f"{row.op:13} {row.implementation:10} {row.dtype:9} {row.output:14} "
             f"{row.error:8.1e} {row.bound:8.1e}  {row.case}{verdict}"
         )
     return "\n".join(lines)
@@ -113,7 +91,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.selfcheck", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="float32 only, few cases")
+    parser.add_argument("--short", action="store_true", help="few cases, in float32, or bfloat16 on a GPU")
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
     arguments = parser.parse_args()
     rows = check(arguments.short, arguments.device)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from packaging.requirements import Requirement
 
 from stoker import guard
+from stoker.errors import Refusal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,14 +181,42 @@ def _foreign() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    for name, cost in (
-        ("gcc", "kernels compiled for this CPU are not built; torch's are used"),
-        ("nvcc", "CUDA kernels are not built; torch's operators are used"),
-    ):
-        version = re.search(r"\d+\.\d+[.\d]*", "\n".join(_first_lines(name, "--version")))
-        yield Finding(
-            name, "ok" if version else "absent", version[0] if version else "not on PATH", cost, f"install {name}"
-        )
+    try:
+        from kernels.toolchain import cache, ptxas, tools
+    except ImportError:
+        return  # another package named kernels is in the way, and has a row of its own
+    try:
+        yield Finding("C++ compiler", "ok", tools.host_compiler().version)
+    except tools.Unavailable as missing:
+        cost = "kernels are not compiled for this CPU; torch's closed forms run in their place"
+        yield Finding("C++ compiler", "absent", str(missing), cost, "install g++, or set CXX")
+    advice = "pip install 'stoker[native]', or set STOKER_PTXAS"
+    try:
+        toolkit = tools.cuda_toolkit("sm_90a")
+    except tools.Unavailable as missing:
+        yield Finding("nvcc", "absent", str(missing), "CUDA kernels are not built; torch's operators are used", advice)
+    except Refusal as refusal:
+        yield Finding("ptxas", "wrong", str(refusal), "CUDA kernels are not built", "correct or unset STOKER_PTXAS")
+    else:
+        yield Finding("nvcc", "ok", f"{toolkit.version} at {toolkit.nvcc}")
+        known = ptxas.version_warning(toolkit.ptxas_version, "sm_90a")
+        found = f"{toolkit.ptxas_version} at {toolkit.ptxas}"
+        yield Finding("ptxas", "absent" if known else "ok", known or found, "kernels for H100 may be wrong", advice)
+    yield _kernel_cache(cache.folder)
+
+
+def _kernel_cache(where: Callable[[], Path]) -> Finding:
+    cost = "kernels that are not in it yet cannot be kept, and a run that needs them is refused"
+    advice = "set STOKER_CACHE to a folder that can be written"
+    try:
+        folder = where()
+    except Refusal as refusal:
+        return Finding("kernel cache", "absent", str(refusal), cost, advice)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    if not writable:
+        return Finding("kernel cache", "absent", f"{there} cannot be written", cost, advice)
+    return Finding("kernel cache", "ok", str(folder))
 
 
 def _first_lines(*command: str, most: int = 64) -> list[str]:

@@ -15,7 +15,7 @@ from pretrain import spec
 from pretrain.config_base import Section, suggestion
 from stoker.errors import Refusal
 
-MIXERS = ("gated_delta", "attention")
+MIXERS = ("gated_delta", "kda", "attention")
 FEED_FORWARDS = ("dense", "moe")
 LAYER_KINDS = tuple(f"{mixer}/{ffn}" for mixer in MIXERS for ffn in FEED_FORWARDS)
 
@@ -29,6 +29,19 @@ class GatedDeltaSection(Section):
     """Width of a query/key head."""
     value_dim: int
     """Width of a value head."""
+    conv_width: int = 4
+    """Taps of the causal convolution on q, k and v, in tokens."""
+
+
+class KdaSection(Section):
+    num_heads: int
+    """Heads of queries, keys and values."""
+    key_dim: int
+    """Width of a query/key head; each of its channels has its own decay."""
+    value_dim: int
+    """Width of a value head."""
+    gate_rank: int
+    """Inner width of the low-rank decay and output gates (Kimi Linear: the head's width)."""
     conv_width: int = 4
     """Taps of the causal convolution on q, k and v, in tokens."""
 
@@ -117,6 +130,8 @@ class ModelSection(Section):
     """Standard deviation of a matrix's first values."""
     gated_delta: GatedDeltaSection | None = None
     """The gated delta mixer; given exactly when a layer uses it."""
+    kda: KdaSection | None = None
+    """The Kimi delta attention mixer; given exactly when a layer uses it."""
     attention: AttentionSection | None = None
     """The softmax attention mixer; given exactly when a layer uses it."""
     dense: DenseSection | None = None
@@ -152,6 +167,7 @@ class ModelSection(Section):
 
 _KINDS: dict[str, type] = {
     "gated_delta": spec.GatedDelta,
+    "kda": spec.Kda,
     "attention": spec.Attention,
     "dense": spec.Dense,
     "moe": spec.MoE,

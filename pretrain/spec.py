@@ -1,7 +1,8 @@
 """ModelSpec: what a model is, without torch.
 
-A model is a tuple of layers between an embedding and a head. Each layer is a mixer (gated delta rule or softmax
-attention) followed by a feed-forward (dense SwiGLU or mixture of experts), both pre-normed residual branches.
+A model is a tuple of layers between an embedding and a head. Each layer is a mixer (gated delta rule, Kimi delta
+attention or softmax attention) followed by a feed-forward (dense SwiGLU or mixture of experts), both pre-normed
+residual branches.
 
 Global parameter names are for ever (checkpoints rely on them) and independent of stage, chunk and rank:
 ``embed.weight``, ``layers.<i>.<mixer|ffn>.<field>``, ``final_norm.weight``, ``head.weight``.
@@ -88,6 +89,28 @@ class GatedDelta:
 
 
 @dataclass(frozen=True)
+class Kda:
+    """Kimi delta attention: the delta rule with a decay per key channel (Kimi Linear, arXiv 2510.26692, section 3).
+
+    Short convolution, SiLU, unit q and k, and the state's update are those of `GatedDelta`, but channel k of head h
+    decays by e^g with g = -exp(A_log[h]) * softplus(f_b(f_a(x)) + dt_bias)[h, k]. The output goes through
+    RMSNorm * weight * sigmoid(g_b(g_a(x))) per head. ``gate_rank``: width between f_a and f_b, and between g_a and g_b
+    (Kimi Linear: the head's width).
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    gate_rank: int
+    conv_width: int = 4
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_heads", "key_dim", "value_dim", "gate_rank", "conv_width")
+        if self.key_dim == 1:
+            raise Refusal("kda.key_dim=1: a decay per channel is then one per head, use gated_delta")
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal softmax attention, grouped-query: query head h reads key/value head ``h // (num_heads // num_kv_heads)``.
     The first ``round(head_dim * rope_fraction)`` dims of each head are rotated, by halves; ``qk_norm`` is RMSNorm over
@@ -161,7 +184,7 @@ class MoE:
             _positive(self, "shared_hidden")
 
 
-Mixer = GatedDelta | Attention
+Mixer = GatedDelta | Kda | Attention
 FeedForward = Dense | MoE
 
 
@@ -174,7 +197,7 @@ class LayerSpec:
 @dataclass(frozen=True)
 class ModelSpec:
     """A whole model. ``zero_centred_norm``: RMSNorm scales by (1 + weight), weight starts at 0 (the norm inside the
-    gated delta mixer always scales by weight). ``tied_embedding``: the head reads ``embed.weight``."""
+    gated delta and KDA mixers always scales by weight). ``tied_embedding``: the head reads ``embed.weight``."""
 
     width: int
     vocab_size: int
@@ -222,32 +245,55 @@ class ModelSpec:
         return Parameter((dim,), "param", "norm", Init("constant", 0.0 if self.zero_centred_norm else 1.0))
 
     def _mixer(self, mixer: Mixer) -> Iterator[tuple[str, Parameter]]:
+        match mixer:
+            case GatedDelta():
+                return self._gated_delta(mixer)
+            case Kda():
+                return self._kda(mixer)
+            case Attention():
+                return self._attention(mixer)
+
+    def _attention(self, mixer: Attention) -> Iterator[tuple[str, Parameter]]:
         D = self.width
-        if isinstance(mixer, Attention):
-            HK, GK = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
-            yield "q.weight", self._matrix(HK, D)
-            yield "k.weight", self._matrix(GK, D)
-            yield "v.weight", self._matrix(GK, D)
-            if mixer.output_gate:
-                yield "gate.weight", self._matrix(HK, D)
-            if mixer.qk_norm:
-                yield "q_norm.weight", self._head_norm(mixer.head_dim)
-                yield "k_norm.weight", self._head_norm(mixer.head_dim)
-            yield "o.weight", self._residual(D, HK)
-            return
-        HK, HV = mixer.num_qk_heads * mixer.key_dim, mixer.num_v_heads * mixer.value_dim
-        bound = 1.0 / math.sqrt(mixer.conv_width)
-        heads = mixer.num_v_heads
+        HK, GK = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+        yield "q.weight", self._matrix(HK, D)
+        yield "k.weight", self._matrix(GK, D)
+        yield "v.weight", self._matrix(GK, D)
+        if mixer.output_gate:
+            yield "gate.weight", self._matrix(HK, D)
+        if mixer.qk_norm:
+            yield "q_norm.weight", self._head_norm(mixer.head_dim)
+            yield "k_norm.weight", self._head_norm(mixer.head_dim)
+        yield "o.weight", self._residual(D, HK)
+
+    def _gated_delta(self, mixer: GatedDelta) -> Iterator[tuple[str, Parameter]]:
+        heads, HK, HV = mixer.num_v_heads, mixer.num_qk_heads * mixer.key_dim, mixer.num_v_heads * mixer.value_dim
         for field, rows in (("q", HK), ("k", HK), ("v", HV), ("z", HV), ("b", heads), ("a", heads)):
-            yield f"{field}.weight", self._matrix(rows, D)
+            yield f"{field}.weight", self._matrix(rows, self.width)
+        yield from self._delta_rule(mixer, HK, HV, heads, decays=heads)
+
+    def _kda(self, mixer: Kda) -> Iterator[tuple[str, Parameter]]:
+        heads, rank = mixer.num_heads, mixer.gate_rank
+        HK, HV = heads * mixer.key_dim, heads * mixer.value_dim
+        for field, rows in (("q", HK), ("k", HK), ("v", HV), ("b", heads), ("f_a", rank), ("g_a", rank)):
+            yield f"{field}.weight", self._matrix(rows, self.width)
+        for field, rows in (("f_b", HK), ("g_b", HV)):
+            yield f"{field}.weight", self._matrix(rows, rank)
+        yield from self._delta_rule(mixer, HK, HV, heads, decays=HK)
+
+    def _delta_rule(
+        self, mixer: GatedDelta | Kda, HK: int, HV: int, heads: int, decays: int
+    ) -> Iterator[tuple[str, Parameter]]:
+        """What both delta rules have after their projections."""
+        bound = 1.0 / math.sqrt(mixer.conv_width)
         taps = Init("uniform", -bound, bound)
         for field, rows in (("q_conv", HK), ("k_conv", HK), ("v_conv", HV)):
             yield f"{field}.weight", Parameter((rows, mixer.conv_width), "param", "conv", taps)
-        # Decay e^g with g = -exp(A_log) * softplus(a(x) + dt_bias); ranges of Mamba-2 (arXiv 2405.21060, section 7).
-        yield "A_log", Parameter((mixer.num_v_heads,), "high", "decay", Init("log_uniform", 1.0, 16.0))
-        yield "dt_bias", Parameter((mixer.num_v_heads,), "high", "decay", Init("inverse_softplus", 1e-3, 1e-1))
+        # Decay e^g with g = -exp(A_log) * softplus(a + dt_bias); ranges of Mamba-2 (arXiv 2405.21060, section 7).
+        yield "A_log", Parameter((heads,), "high", "decay", Init("log_uniform", 1.0, 16.0))
+        yield "dt_bias", Parameter((decays,), "high", "decay", Init("inverse_softplus", 1e-3, 1e-1))
         yield "out_norm.weight", Parameter((mixer.value_dim,), "param", "norm", Init("constant", 1.0))
-        yield "o.weight", self._residual(D, HV)
+        yield "o.weight", self._residual(self.width, HV)
 
     def _ffn(self, ffn: FeedForward) -> Iterator[tuple[str, Parameter]]:
         D = self.width

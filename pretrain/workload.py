@@ -1,22 +1,23 @@
 """Workload of a ModelSpec: what each operation costs a token.
 
 Widths per token: ``D`` model, ``Q`` queries and ``G`` keys (or values) of attention, ``HK`` keys and ``HV`` values of
-the gated delta rule, ``F`` feed-forward, ``E`` experts. Gates of the delta rule, the log-sum-exp of attention, router
-and output logits are float32 whatever the run's dtype.
+a delta rule, ``F`` feed-forward, ``E`` experts. Gates of the delta rules, the log-sum-exp of attention, router and
+output logits are float32 whatever the run's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from parallel.planning.plan import ParallelPlan, nearest_multiples
 from parallel.planning.workload import Divisor, LayerWorkload, Operation, Workload
-from pretrain.spec import Attention, Dense, GatedDelta, LayerSpec, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, LayerSpec, Mixer, ModelSpec, MoE
 from stoker.errors import Refusal
 
 FLOAT32_BYTES = 4
-#: Tokens in a chunk of the gated delta rule's closed form, for which its FLOPs are counted.
+#: Tokens in a chunk of the delta rules' closed form, for which its FLOPs are counted.
 CHUNK = 64
 
 
@@ -52,10 +53,7 @@ class _Costs:
     element_bytes: int
 
     def layer(self, layer: LayerSpec) -> LayerWorkload:
-        if isinstance(layer.mixer, Attention):
-            mixer, mixing = "attention", self._attention(layer.mixer)
-        else:
-            mixer, mixing = "gated_delta", self._gated_delta(layer.mixer)
+        mixer, mixing = self._mixer(layer.mixer)
         if isinstance(layer.ffn, Dense):
             ffn, feeding = "dense", self._dense(layer.ffn)
         else:
@@ -66,6 +64,15 @@ class _Costs:
             tuple(_divisors(layer)),
             stream_bytes=self.D * self.element_bytes,
         )
+
+    def _mixer(self, mixer: Mixer) -> tuple[str, Iterator[Operation]]:
+        match mixer:
+            case GatedDelta():
+                return "gated_delta", self._gated_delta(mixer)
+            case Kda():
+                return "kda", self._kda(mixer)
+            case Attention():
+                return "attention", self._attention(mixer)
 
     def norm(self, name: str) -> Operation:
         """RMSNorm of the residual stream: keeps the stream, and its output for the products that read it."""
@@ -126,24 +133,47 @@ class _Costs:
         yield self.norm("mixer.norm")
         products = (("q", HK), ("k", HK), ("v", HV), ("z", HV), ("b", heads), ("a", heads))
         yield from (self.gemm(name, rows, self.D) for name, rows in products)
+        backward = 14 * K * V + 10 * CHUNK * (K + V)
+        yield from self._delta_rule(mixer, "gated_delta", HK, HV, heads, decays=heads, backward=heads * backward)
+
+    def _kda(self, mixer: Kda) -> Iterator[Operation]:
+        heads, K, V, rank = mixer.num_heads, mixer.key_dim, mixer.value_dim, mixer.gate_rank
+        HK, HV = heads * K, heads * V
+        yield self.norm("mixer.norm")
+        products = (("q", HK), ("k", HK), ("v", HV), ("b", heads))
+        yield from (self.gemm(name, rows, self.D) for name, rows in products)
+        for gate, rows in (("f", HK), ("g", HV)):
+            yield replace(self.gemm(f"{gate}_a", rank, self.D, ()), gathered=True)
+            yield self.gemm(f"{gate}_b", rows, rank)
+        backward = 14 * K * V + 10 * CHUNK * V + 12 * CHUNK * K
+        yield from self._delta_rule(mixer, "kda", HK, HV, heads, decays=HK, backward=heads * backward)
+
+    def _delta_rule(
+        self,
+        mixer: GatedDelta | Kda,
+        kind: Literal["gated_delta", "kda"],
+        HK: int,
+        HV: int,
+        heads: int,
+        decays: int,
+        backward: float,
+    ) -> Iterator[Operation]:
+        """From the projections on: ``decays`` log decays a token, ``backward`` FLOPs of the rule's closed form."""
         for name, rows in (("q_conv", HK), ("k_conv", HK), ("v_conv", HV)):
             taps, flops = rows * mixer.conv_width, 2 * rows * mixer.conv_width
             row_bytes = rows * self.element_bytes
             yield Operation(name, "conv", ("tp",), taps, taps, flops, 2 * flops, row_bytes, row_bytes, row_bytes)
-        gates = 2 * heads * FLOAT32_BYTES  # log decay and beta
-        decay = self._elementwise("gates", ("tp",), 2 * heads, 0, 2 * heads)  # A_log and dt_bias
+        gates = (decays + heads) * FLOAT32_BYTES  # log decay and beta
+        decay = self._elementwise("gates", ("tp",), decays + heads, 0, heads + decays)  # A_log and dt_bias
         yield replace(decay, output_bytes=gates, saved_bytes=gates)
         # Dense tiles of C tokens, a value head: six products with the state and four in the chunk, then the inverse.
-        C = CHUNK
-        forward = 6 * K * V + 4 * C * (K + V) + 4 * C**2 / 3
-        backward = 14 * K * V + 10 * C * (K + V)
+        C, K, V = CHUNK, mixer.key_dim, mixer.value_dim
+        forward = heads * (6 * K * V + 4 * C * (K + V) + 4 * C**2 / 3)
         read, out = (2 * HK + HV) * self.element_bytes + gates, HV * self.element_bytes
         kept = heads * (C + K * V / C) * self.element_bytes  # the chunk's triangular inverse and its entering state
-        yield Operation(
-            "gated_delta", "gated_delta", ("tp",), 0, 0, heads * forward, heads * backward, read, out, out + kept
-        )
+        yield Operation(kind, kind, ("tp",), 0, 0, forward, backward, read, out, out + kept)
         yield self._elementwise("out_norm", ("tp",), 2 * HV, HV)
-        yield self._elementwise("out_norm.weight", (), 0, 0, V)
+        yield self._elementwise("out_norm.weight", (), 0, 0, mixer.value_dim)
         yield self._residual("o", HV)
 
     def _swiglu(self, name: str, hidden: int) -> Iterator[Operation]:
@@ -197,6 +227,8 @@ def _divisors(layer: LayerSpec) -> Iterator[Divisor]:
     if isinstance(mixer, Attention):
         yield Divisor("tp", "attention.num_heads", mixer.num_heads)
         yield Divisor("tp", "attention.num_kv_heads", mixer.num_kv_heads)
+    elif isinstance(mixer, Kda):
+        yield Divisor("tp", "kda.num_heads", mixer.num_heads)
     else:
         yield Divisor("tp", "gated_delta.num_qk_heads", mixer.num_qk_heads)
     if isinstance(ffn, Dense):

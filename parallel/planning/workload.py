@@ -16,7 +16,7 @@ from typing import Literal
 from parallel.planning.plan import ParallelPlan, Recompute, nearest_divisors, nearest_multiples
 from stoker.errors import Refusal
 
-Kind = Literal["gemm", "grouped_gemm", "attention", "gated_delta", "conv", "elementwise", "lookup"]
+Kind = Literal["gemm", "grouped_gemm", "attention", "gated_delta", "kda", "conv", "elementwise", "lookup"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Operation:
     """One kernel's work, per token.
 
     ``axes``: what cuts its parameters and FLOPs: ("tp",), ("ep", "etp"), or () for work that every tensor-parallel rank
-    repeats (sequence parallelism cuts it by token).
+    repeats; sequence parallelism cuts that by token, unless it is ``gathered``: it reads all tokens on every rank.
     ``input_bytes`` and ``output_bytes``: forward reads one and writes the other; backward reads the input and the
     output's gradient and writes the input's gradient.
     ``saved_bytes``: kept for backward without recompute. A tensor that several operations need is counted with the one
@@ -42,6 +42,7 @@ class Operation:
     output_bytes: float = 0.0
     saved_bytes: float = 0.0
     remade: bool = False
+    gathered: bool = False
 
     @property
     def forward_bytes(self) -> float:

@@ -1,3 +1,3 @@
-"""Checkpoints of other libraries: Hugging Face transformers' qwen3_next, read and written without transformers.
+"""Checkpoints of other libraries: transformers' qwen3_next and kimi_linear, read and written without transformers.
 Not here: Stoker's own checkpoints (``pretrain/checkpoint``), tokenizers, and any file that runs code when loaded.
-Start with ``hf.py``; ``hf_config.py`` says which models both sides can state, ``folder.py`` is the files on disk."""
+Start with ``hf.py``; a family's module says what is which on either side, ``folder.py`` is the files on disk."""

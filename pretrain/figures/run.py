@@ -13,11 +13,12 @@ from pretrain.attempt import ExitClass
 from pretrain.config import ELEMENT_BYTES, RunConfig
 from pretrain.figures.markup import UNKNOWN, duration, facts, node, number, short, table
 from pretrain.figures.record import AttemptRecord, Record
-from pretrain.spec import Attention, Dense, FeedForward, GatedDelta, Mixer, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, FeedForward, GatedDelta, Kda, Mixer, ModelSpec, MoE
 from pretrain.workload import workload_of
 
 NAMES: Mapping[type, str] = {
     GatedDelta: "gated delta",
+    Kda: "Kimi delta attention",
     Attention: "attention",
     Dense: "dense",
     MoE: "mixture of experts",
@@ -150,6 +151,9 @@ def _part_words(part: Mixer | FeedForward) -> str:
     if isinstance(part, GatedDelta):
         keys, values = f"{part.num_qk_heads} × {part.key_dim}", f"{part.num_v_heads} × {part.value_dim}"
         return f"gated delta: {keys} query/key heads, {values} value heads"
+    if isinstance(part, Kda):
+        heads = f"{part.num_heads} heads, keys × {part.key_dim}, values × {part.value_dim}"
+        return f"Kimi delta attention: {heads}, gates of rank {part.gate_rank}"
     if isinstance(part, Attention):
         return f"attention: {part.num_heads} query and {part.num_kv_heads} key/value heads × {part.head_dim}"
     if isinstance(part, MoE):

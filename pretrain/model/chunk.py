@@ -20,12 +20,13 @@ from pretrain.model.build import Build
 from pretrain.model.embedding import Embedding, Head
 from pretrain.model.feed_forward import DenseFeedForward
 from pretrain.model.gated_delta import GatedDeltaMixer
+from pretrain.model.kda import KdaMixer
 from pretrain.model.moe import MoEFeedForward
 from pretrain.model.norm import RMSNorm
 from pretrain.model.router import Router, RouterStatistics
 from pretrain.model.sharding import layouts as layouts_of
 from pretrain.objective import cross_entropy, with_auxiliary
-from pretrain.spec import Attention, Dense, LayerSpec, ModelSpec
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, LayerSpec, Mixer, ModelSpec
 
 
 class Layer(nn.Module):
@@ -37,11 +38,7 @@ class Layer(nn.Module):
         norm = build.spec.norm_eps, build.spec.zero_centred_norm
         self._recompute = recompute
         self.mixer_norm = RMSNorm(build.parameter(f"{prefix}.mixer.norm.weight"), *norm)
-        self.mixer: nn.Module
-        if isinstance(spec.mixer, Attention):
-            self.mixer = SoftmaxAttention(build, f"{prefix}.mixer", spec.mixer)
-        else:
-            self.mixer = GatedDeltaMixer(build, f"{prefix}.mixer", spec.mixer)
+        self.mixer = _mixer(build, f"{prefix}.mixer", spec.mixer)
         self.ffn_norm = RMSNorm(build.parameter(f"{prefix}.ffn.norm.weight"), *norm)
         self.ffn: nn.Module
         if isinstance(spec.ffn, Dense):
@@ -66,6 +63,16 @@ class Layer(nn.Module):
 
     def _mixer(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         return self.mixer(self.mixer_norm(x), batch)
+
+
+def _mixer(build: Build, prefix: str, spec: Mixer) -> nn.Module:
+    match spec:
+        case GatedDelta():
+            return GatedDeltaMixer(build, prefix, spec)
+        case Kda():
+            return KdaMixer(build, prefix, spec)
+        case Attention():
+            return SoftmaxAttention(build, prefix, spec)
 
 
 class Chunk(nn.Module):

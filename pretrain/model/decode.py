@@ -1,4 +1,4 @@
-"""Decoding with state: recurrent state for gated delta layers, a key/value cache for softmax layers.
+"""Decoding with state: recurrent state for delta rules, a key/value cache for softmax layers.
 
 One process holds the whole model. ``prefill`` reads the prompts as packed documents; ``step`` then takes one token a
 sequence. Shapes: ``B`` sequences, ``N`` packed prompt tokens, ``D`` width, ``L`` tokens cached so far.
@@ -7,19 +7,19 @@ sequence. Shapes: ``B`` sequences, ``N`` packed prompt tokens, ``D`` width, ``L`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from kernels.gated_delta.decode import gated_delta_step
-from kernels.gated_delta.op import gated_delta
-from kernels.short_conv.decode import short_conv_step
-from kernels.short_conv.op import short_conv
+from kernels.decode.op import decode
+from kernels.prologue.decode import prologue_step
 from pretrain.model.attention import SoftmaxAttention, attend
 from pretrain.model.batch import MicroBatch
 from pretrain.model.chunk import Chunk, Layer
 from pretrain.model.gated_delta import GatedDeltaMixer
+from pretrain.model.kda import KdaMixer
 from pretrain.objective import Normalisers
 
 
@@ -35,35 +35,28 @@ class MixerCache(Protocol):
         ...
 
 
-class GatedDeltaCache:
-    """State [B, Hv, K, V] and the last ``conv_width - 1`` inputs of each convolution: constant in the length read."""
+class DeltaCache:
+    """Of a delta rule: state [B, Hv, K, V] and the last W - 1 inputs of each convolution [B, C, W - 1], constant in the
+    length read."""
 
-    def __init__(self, mixer: GatedDeltaMixer) -> None:
+    def __init__(self, mixer: GatedDeltaMixer | KdaMixer) -> None:
         self._mixer = mixer
-        self._convolutions = ((mixer.q, mixer.q_conv), (mixer.k, mixer.k_conv), (mixer.v, mixer.v_conv))
-        self._inputs: list[torch.Tensor] = []
         self._state = torch.empty(0)
+        self._windows = self._state, self._state, self._state
 
     def prefill(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        projected = [F.linear(x, weight) for weight, _ in self._convolutions]
-        taps = self._mixer.spec.conv_width - 1
-        self._inputs = [_last_rows(rows, batch.cu_seqlens, taps) for rows in projected]
-        convolved = [
-            short_conv(rows, taps_weight, batch.cu_seqlens)
-            for rows, (_, taps_weight) in zip(projected, self._convolutions, strict=True)
-        ]
-        q, k, v = self._mixer.split_heads(*convolved)
-        out, self._state = gated_delta(q, k, v, *self._mixer.gates(x), batch.cu_seqlens)
+        projected, before = self._mixer.project(x), self._mixer.spec.conv_width - 1
+        q, k, v = (_last_rows(rows, batch.cu_seqlens, before).mT for rows in projected[:3])
+        self._windows = q, k, v
+        out, self._state = self._mixer.mix(projected, batch.cu_seqlens)
         return self._mixer.finish(out, x)
 
     def step(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        convolved = [
-            short_conv_step(F.linear(x, weight), taps, state)
-            for (weight, taps), state in zip(self._convolutions, self._inputs, strict=True)
-        ]
-        q, k, v = self._mixer.split_heads(*convolved)
-        out = gated_delta_step(q, k, v, *self._mixer.gates(x), self._state)
-        return self._mixer.finish(out, x)
+        mixer = self._mixer
+        entered = prologue_step(*mixer.project(x), *mixer.prologue_weights, self._windows, mixer.num_qk_heads)
+        q, k, v, g, beta = (tensor[:, None] for tensor in entered)
+        out = decode(q, k, v, g, beta, self._state)
+        return mixer.finish(out[:, 0], x)
 
 
 class AttentionCache:
@@ -78,10 +71,7 @@ class AttentionCache:
         q, k, v = self._mixer.project(x, batch.positions)
         lengths = batch.cu_seqlens.diff()
         L = int(lengths.max())
-        self._keys, self._values = (_last_rows(rows.flatten(1), batch.cu_seqlens, L) for rows in (k, v))
-        self._keys, self._values = (
-            rows.transpose(1, 2).unflatten(-1, k.shape[1:]) for rows in (self._keys, self._values)
-        )
+        self._keys, self._values = (_last_rows(rows, batch.cu_seqlens, L) for rows in (k, v))
         self._valid = torch.arange(L, device=x.device) >= (L - lengths)[:, None]
         return self._mixer.finish(attend(q, k, v, batch), x)
 
@@ -147,8 +137,8 @@ class Decoder:
 def _cache(layer: Layer) -> MixerCache:
     if isinstance(layer.mixer, SoftmaxAttention):
         return AttentionCache(layer.mixer)
-    assert isinstance(layer.mixer, GatedDeltaMixer)
-    return GatedDeltaCache(layer.mixer)
+    assert isinstance(layer.mixer, GatedDeltaMixer | KdaMixer)
+    return DeltaCache(layer.mixer)
 
 
 def packed(documents: list[list[int]], device: torch.device) -> MicroBatch:
@@ -172,10 +162,9 @@ def packed(documents: list[list[int]], device: torch.device) -> MicroBatch:
 
 
 def _last_rows(rows: torch.Tensor, cu_seqlens: torch.Tensor, count: int) -> torch.Tensor:
-    """[B, C, count]: the last ``count`` rows of each segment of ``rows [N, C]``, zeros before a shorter one."""
-    out = rows.new_zeros(len(cu_seqlens) - 1, rows.shape[1], count)
-    for index, (start, stop) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
+    """[B, count, ...]: the last ``count`` rows of each segment of ``rows [N, ...]``, zeros before a shorter one."""
+    out = rows.new_zeros(len(cu_seqlens) - 1, count, *rows.shape[1:])
+    for index, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
         kept = min(count, stop - start)
-        if kept:
-            out[index, :, count - kept :] = rows[stop - kept : stop].T
+        out[index, count - kept :] = rows[stop - kept : stop]
     return out

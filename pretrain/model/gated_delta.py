@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.epilogue.op import epilogue
 from kernels.gated_delta.op import gated_delta
-from kernels.short_conv.op import short_conv
+from kernels.prologue.op import prologue
 from pretrain.model.batch import MicroBatch
-from pretrain.model.build import Build, high
-from pretrain.model.norm import rms_norm
+from pretrain.model.build import Build
 from pretrain.model.stream import Stream
 from pretrain.spec import GatedDelta
 
-#: Added to the squared norm of q and k, as Gated DeltaNet and Qwen3-Next do.
-L2_EPS = 1e-6
+#: q, k, v, a, b of :func:`kernels.prologue.op.prologue`, and its weights.
+Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+PrologueWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class GatedDeltaMixer(nn.Module):
@@ -26,9 +27,8 @@ class GatedDeltaMixer(nn.Module):
 
     def __init__(self, build: Build, prefix: str, spec: GatedDelta) -> None:
         super().__init__()
-        tp = build.groups.size("tp")
         self.spec = spec
-        self.num_qk_heads, self.num_v_heads = spec.num_qk_heads // tp, spec.num_v_heads // tp
+        self.num_qk_heads = spec.num_qk_heads // build.groups.size("tp")
         self.q, self.k, self.v, self.z, self.b, self.a = (build.parameter(f"{prefix}.{f}.weight") for f in "qkvzba")
         self.q_conv, self.k_conv, self.v_conv = (build.parameter(f"{prefix}.{f}_conv.weight") for f in "qkv")
         self.A_log, self.dt_bias = build.parameter(f"{prefix}.A_log"), build.parameter(f"{prefix}.dt_bias")
@@ -39,35 +39,22 @@ class GatedDeltaMixer(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         x = self._stream.read(x)
-        q, k, v = (F.linear(x, weight) for weight in (self.q, self.k, self.v))
-        q = short_conv(q, self.q_conv, batch.cu_seqlens)
-        k = short_conv(k, self.k_conv, batch.cu_seqlens)
-        v = short_conv(v, self.v_conv, batch.cu_seqlens)
-        q, k, v = self.split_heads(q, k, v)
-        g, beta = self.gates(x)
-        out, _ = gated_delta(q, k, v, g, beta, batch.cu_seqlens)
+        out, _ = self.mix(self.project(x), batch.cu_seqlens)
         return self._stream.write(self.finish(out, x))
 
-    def split_heads(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, heads * dim] -> q, k [N, Hk, K] of unit length, v [N, Hv, V]."""
-        q, k = (l2_normalise(tensor.unflatten(-1, (self.num_qk_heads, self.spec.key_dim))) for tensor in (q, k))
-        return q, k, v.unflatten(-1, (self.num_v_heads, self.spec.value_dim))
+    def project(self, x: torch.Tensor) -> Projected:
+        """x [N, D] -> q, k [N, Hk*K] and v [N, Hv*V] before their convolutions, decay and write gates [N, Hv]."""
+        return F.linear(x, self.q), F.linear(x, self.k), F.linear(x, self.v), F.linear(x, self.a), F.linear(x, self.b)
 
-    def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log decay g <= 0 and write strength beta in (0, 1), both [N, Hv], float32 or better."""
-        dtype = high(x.dtype)
-        g = -self.A_log.exp() * F.softplus(F.linear(x, self.a).to(dtype) + self.dt_bias)
-        return g, F.linear(x, self.b).to(dtype).sigmoid()
+    @property
+    def prologue_weights(self) -> PrologueWeights:
+        return self.q_conv, self.k_conv, self.v_conv, self.A_log, self.dt_bias
+
+    def mix(self, projected: Projected, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [N, Hv, V] and final state [S, Hv, K, V] of each of the S segments."""
+        return gated_delta(*prologue(*projected, *self.prologue_weights, cu_seqlens, self.num_qk_heads), cu_seqlens)
 
     def finish(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """out [N, Hv, V] -> partial sums [N, D] of the branch's output: gated RMSNorm per head, then o."""
-        z = F.linear(x, self.z).view_as(out)
-        gated = rms_norm(out, self.out_norm, self._eps, zero_centred=False) * F.silu(z.to(high(z.dtype))).to(z.dtype)
-        return F.linear(gated.flatten(1), self.o)
-
-
-def l2_normalise(x: torch.Tensor) -> torch.Tensor:
-    wide = x.to(high(x.dtype))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
+        gate = F.linear(x, self.z).view_as(out)
+        return F.linear(epilogue(out, gate, self.out_norm, self._eps, "silu").flatten(1), self.o)

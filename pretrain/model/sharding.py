@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from parallel.planning.layout import Family, Layout, Split
 from parallel.planning.plan import ParallelPlan
-from pretrain.spec import Attention, FeedForward, GatedDelta, Mixer, ModelSpec, MoE
+from pretrain.spec import Attention, FeedForward, Kda, Mixer, ModelSpec, MoE
 
 
 def layouts(spec: ModelSpec, plan: ParallelPlan) -> dict[str, Layout]:
@@ -57,15 +57,15 @@ def _placement(name: str, spec: ModelSpec, plan: ParallelPlan) -> tuple[list[Spl
 
 
 def _mixer(field: str, mixer: Mixer, tp: int) -> tuple[list[Split], tuple[str, ...], Family]:
-    if field in ("q_norm.weight", "k_norm.weight", "out_norm.weight"):
-        return [], ("tp",), "dense"  # one weight, applied by each rank to its own heads
+    stem = field.split(".")[0]
+    if stem in ("q_norm", "k_norm", "out_norm", "f_a", "g_a"):
+        return [], ("tp",), "dense"  # one weight, whose output each rank uses for its own heads
     if isinstance(mixer, Attention):
         units = dict.fromkeys(("q", "gate", "k", "v", "o"), mixer.head_dim)
     else:
-        assert isinstance(mixer, GatedDelta)
         K, V = mixer.key_dim, mixer.value_dim
-        units = {"q": K, "k": K, "v": V, "z": V, "o": V, "q_conv": K, "k_conv": K, "v_conv": V}
-    stem = field.split(".")[0]
+        units = {"q": K, "k": K, "v": V, "o": V, "q_conv": K, "k_conv": K, "v_conv": V}
+        units |= {"f_b": K, "dt_bias": K, "g_b": V} if isinstance(mixer, Kda) else {"z": V}
     dim = 1 if stem == "o" else 0
     return [Split(dim, "tp", tp, unit=units.get(stem, 1))], (), "dense"
 

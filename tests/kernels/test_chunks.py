@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.gated_delta.chunks import chunk_table, max_chunks
+from kernels.chunks import chunk_table, max_chunks
 from kernels.samples import cu_seqlens_of
 
 lengths_strategy = st.lists(st.integers(0, 40), min_size=1, max_size=12)

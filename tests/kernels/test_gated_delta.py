@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import registry
-from kernels.gated_delta import chunked
-from kernels.gated_delta.decode import gated_delta_step
+from kernels import delta_chunks, registry
 from kernels.gated_delta.op import gated_delta, gated_delta_chunked
 from kernels.gated_delta.reference import gated_delta_reference
 from kernels.samples import Decay, cu_seqlens_of, gated_delta_inputs
@@ -117,8 +115,8 @@ def test_result_does_not_depend_on_chunk_or_group_size(
     x = gated_delta_inputs(lengths, (1, 2), (8, 4), F64)
     cu_seqlens = cu_seqlens_of(lengths)
     expected = with_gradients(gated_delta, x, cu_seqlens)
-    monkeypatch.setattr(chunked, "CHUNK", size)
-    monkeypatch.setattr(chunked, "GROUP_ELEMENTS_CPU", group_elements)
+    monkeypatch.setattr(delta_chunks, "CHUNK", size)
+    monkeypatch.setattr(delta_chunks, "GROUP_ELEMENTS_CPU", group_elements)
     assert_close(with_gradients(gated_delta, x, cu_seqlens), expected, 1e-12)
 
 
@@ -182,21 +180,6 @@ def test_two_calls_chained_by_the_state_equal_one() -> None:
     o_rest, state = gated_delta(**rest, cu_seqlens=cu_seqlens_of([123]), initial_state=state)
     assert error(torch.cat((o_first, o_rest)), o) <= 1e-13
     assert error(state, final) <= 1e-13
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (2, 6)], ids=str)
-def test_decode_steps_equal_the_whole(heads: tuple[int, int]) -> None:
-    """Prefill of 70 tokens, then one token at a time for two sequences, state in place."""
-    x = gated_delta_inputs([80, 80], heads, (8, 5), F64)
-    o, final = gated_delta(**x, cu_seqlens=cu_seqlens_of([80, 80]))
-    by_sequence = {name: value.unflatten(0, (2, 80)) for name, value in x.items() if name != "initial_state"}
-    prefill = {name: value[:, :70].flatten(0, 1) for name, value in by_sequence.items()}
-    _, state = gated_delta(**prefill, cu_seqlens=cu_seqlens_of([70, 70]), initial_state=x["initial_state"])
-    buffer = state
-    for t in range(70, 80):
-        step = gated_delta_step(**{name: value[:, t] for name, value in by_sequence.items()}, state=state)
-        assert error(step, o.unflatten(0, (2, 80))[:, t]) <= 1e-13
-    assert state is buffer and error(state, final) <= 1e-13
 
 
 def test_gradients_of_transformers_closed_form_agree(with_gradients: WithGradients) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from pretrain.spec import Attention, Dense, GatedDelta, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, ModelSpec, MoE
 
 Params = Mapping[str, Tensor]
 
@@ -156,18 +156,20 @@ def _document(
     """Logits ``[n, vocabulary]`` of one document, and its routing by layer."""
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        scaled = x / (x.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
-        return scaled * (1 + weight) if spec.zero_centred_norm else scaled * weight
+        return _rms_norm(x, 1 + weight if spec.zero_centred_norm else weight, spec.norm_eps)
 
     routings = {}
     h = params["embed.weight"][tokens]
     for index, layer in enumerate(spec.layers):
         p = _fields(params, f"layers.{index}.mixer.")
         x = norm(h, p["norm.weight"])
-        if isinstance(layer.mixer, GatedDelta):
-            h = h + _gated_delta(layer.mixer, p, x, spec.norm_eps)
-        else:
-            h = h + _attention(layer.mixer, p, x, positions, norm)
+        match layer.mixer:
+            case GatedDelta():
+                h = h + _gated_delta(layer.mixer, p, x, spec.norm_eps)
+            case Kda():
+                h = h + _kda(layer.mixer, p, x, spec.norm_eps)
+            case Attention():
+                h = h + _attention(layer.mixer, p, x, positions, norm)
 
         p = _fields(params, f"layers.{index}.ffn.")
         x = norm(h, p["norm.weight"])
@@ -185,34 +187,54 @@ def _fields(params: Params, prefix: str) -> dict[str, Tensor]:
 
 
 def _gated_delta(mixer: GatedDelta, p: Params, x: Tensor, eps: float) -> Tensor:
-    """Gated DeltaNet (arXiv 2412.06464): decay, correct, read, one token after another. ``x [n, D] -> [n, D]``."""
-
-    def heads(y: Tensor, count: int) -> Tensor:
-        return y.reshape(len(y), count, -1)
-
-    def unit(y: Tensor) -> Tensor:
-        return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-
+    """Gated DeltaNet (arXiv 2412.06464): one decay a head. ``x [n, D] -> [n, D]``."""
     reads = [h * mixer.num_qk_heads // mixer.num_v_heads for h in range(mixer.num_v_heads)]
-    q, k, v = (silu(_short_conv(x @ p[f"{f}.weight"].T, p[f"{f}_conv.weight"])) for f in ("q", "k", "v"))
-    q_nHK = unit(heads(q, mixer.num_qk_heads))[:, reads] * mixer.key_dim**-0.5
-    k_nHK = unit(heads(k, mixer.num_qk_heads))[:, reads]
-    v_nHV = heads(v, mixer.num_v_heads)
-    beta_nH = (x @ p["b.weight"].T).sigmoid()
+    q_nHK, k_nHK = (_unit(_convolved(p, x, f, mixer.num_qk_heads))[:, reads] for f in ("q", "k"))
+    v_nHV = _convolved(p, x, "v", mixer.num_v_heads)
     g_nH = -p["A_log"].exp() * softplus(x @ p["a.weight"].T + p["dt_bias"])
+    o_nHV = _delta_rule(q_nHK, k_nHK, v_nHV, g_nH[:, :, None], (x @ p["b.weight"].T).sigmoid())
+    gate_nHV = silu(_heads(x @ p["z.weight"].T, mixer.num_v_heads))
+    return (_rms_norm(o_nHV, p["out_norm.weight"], eps) * gate_nHV).flatten(1) @ p["o.weight"].T
 
-    state_HKV = x.new_zeros(mixer.num_v_heads, mixer.key_dim, mixer.value_dim)
+
+def _kda(mixer: Kda, p: Params, x: Tensor, eps: float) -> Tensor:
+    """Kimi delta attention (arXiv 2510.26692): one decay a channel, gates of low rank. ``x [n, D] -> [n, D]``."""
+    H = mixer.num_heads
+    q_nHK, k_nHK = (_unit(_convolved(p, x, f, H)) for f in ("q", "k"))
+    step_nHK = _heads(x @ p["f_a.weight"].T @ p["f_b.weight"].T + p["dt_bias"], H)
+    g_nHK = -p["A_log"].exp()[:, None] * softplus(step_nHK)
+    o_nHV = _delta_rule(q_nHK, k_nHK, _convolved(p, x, "v", H), g_nHK, (x @ p["b.weight"].T).sigmoid())
+    gate_nHV = _heads(x @ p["g_a.weight"].T @ p["g_b.weight"].T, H).sigmoid()
+    return (_rms_norm(o_nHV, p["out_norm.weight"], eps) * gate_nHV).flatten(1) @ p["o.weight"].T
+
+
+def _delta_rule(q_nHK: Tensor, k_nHK: Tensor, v_nHV: Tensor, g_nHK: Tensor, beta_nH: Tensor) -> Tensor:
+    """Decay, correct, read, one token after another. The log decay is ``[n, H, K]``, or ``[n, H, 1]`` for all of a
+    head's channels."""
+    state_HKV = q_nHK.new_zeros(*k_nHK.shape[1:], v_nHV.shape[2])
     outputs = []
-    for q_HK, k_HK, v_HV, beta_H, g_H in zip(q_nHK, k_nHK, v_nHV, beta_nH, g_nH, strict=True):
-        state_HKV = g_H.exp()[:, None, None] * state_HKV
+    for q_HK, k_HK, v_HV, g_HK, beta_H in zip(q_nHK, k_nHK, v_nHV, g_nHK, beta_nH, strict=True):
+        state_HKV = g_HK.exp()[:, :, None] * state_HKV
         u_HV = beta_H[:, None] * (v_HV - (state_HKV * k_HK[:, :, None]).sum(1))
         state_HKV = state_HKV + k_HK[:, :, None] * u_HV[:, None, :]
-        outputs.append((state_HKV * q_HK[:, :, None]).sum(1))
-    o_nHV = torch.stack(outputs)
+        outputs.append((state_HKV * q_HK[:, :, None]).sum(1) * q_HK.shape[1] ** -0.5)
+    return torch.stack(outputs)
 
-    scaled = o_nHV / (o_nHV.square().mean(-1, keepdim=True) + eps).sqrt() * p["out_norm.weight"]
-    gated = scaled * silu(heads(x @ p["z.weight"].T, mixer.num_v_heads))
-    return gated.flatten(1) @ p["o.weight"].T
+
+def _convolved(p: Params, x: Tensor, field: str, heads: int) -> Tensor:
+    return _heads(silu(_short_conv(x @ p[f"{field}.weight"].T, p[f"{field}_conv.weight"])), heads)
+
+
+def _heads(y: Tensor, count: int) -> Tensor:
+    return y.reshape(len(y), count, -1)
+
+
+def _unit(y: Tensor) -> Tensor:
+    return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def _rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
 
 
 def _short_conv(x: Tensor, weight: Tensor) -> Tensor:

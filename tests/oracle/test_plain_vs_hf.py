@@ -4,9 +4,9 @@ transformers computes parts in float32 whatever the dtype of its weights. `in_fl
 ones, in the modules it is given:
 
 - ``torch.float32`` and ``torch.float`` as these modules see them: RMSNorm and gated RMSNorm, softmax of eager
-  attention and of the router, inverse frequencies and angles of RoPE, the whole chunked gated delta rule, GLM's router
-  and its bias, the sums of the balance loss;
-- ``Tensor.float()`` while the test runs: RMSNorm, RoPE positions, ``A_log`` and the decay gate.
+  attention and of the router, inverse frequencies and angles of RoPE, the whole chunked delta rules, the routers of
+  GLM and Kimi and their bias, the sums of the balance loss;
+- ``Tensor.float()`` while the test runs: RMSNorm, RoPE positions, ``A_log``, ``dt_bias`` and the decay gates.
 
 It also prefers the kernels of packages that happen to be installed; the fixture unwraps its own torch code.
 Documents are run through transformers one at a time, so packing is checked too.
@@ -23,8 +23,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 from transformers.models.glm4_moe import modeling_glm4_moe
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from pretrain.exchange import hf
@@ -45,13 +53,18 @@ class Torch64:
 
 @pytest.fixture
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (modeling_qwen3_next, modeling_glm4_moe):
+    for module in (modeling_qwen3_next, modeling_kimi_linear, modeling_glm4_moe):
         monkeypatch.setattr(module, "torch", Torch64())
     monkeypatch.setattr(Tensor, "float", Tensor.double)
-    for function in ("causal_conv1d_fn", "torch_chunk_gated_delta_rule"):
-        own = inspect.unwrap(getattr(modeling_qwen3_next, function))
-        assert own.__module__ == modeling_qwen3_next.__name__
-        monkeypatch.setattr(modeling_qwen3_next, function, own)
+    for module, function in (
+        (modeling_qwen3_next, "causal_conv1d_fn"),
+        (modeling_qwen3_next, "torch_chunk_gated_delta_rule"),
+        (modeling_kimi_linear, "causal_conv1d_fn"),
+        (modeling_kimi_linear, "chunk_kimi_delta_attention"),
+    ):
+        own = inspect.unwrap(getattr(module, function))
+        assert own.__module__ == module.__name__
+        monkeypatch.setattr(module, function, own)
 
 
 @dataclass(frozen=True)
@@ -205,6 +218,56 @@ def test_p4_oracle_equals_transformers_qwen3_next(change: dict[str, Any]) -> Non
     assert_same(vars(losses), theirs)
     # The import only moves rows, so it carries gradients as it carries weights.
     hf_grads = hf.import_state(spec, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_same(grads, {name: hf_grads[name] for name in trained(spec)})
+
+
+KIMI = {
+    "vocab_size": 257,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention"] * 3,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "linear_num_heads": 3,
+    "linear_head_dim": 8,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 10,
+    "n_shared_experts": 2,
+    "experts_implementation": "eager",
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+}
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"norm_topk_prob": False, "linear_conv_kernel_dim": 3, "num_experts_per_tok": 3, "rms_norm_eps": 1e-3},
+        {"linear_num_heads": 1, "linear_head_dim": 5, "n_shared_experts": 1, "mlp_layer_types": ["sparse"] * 3},
+    ],
+    ids=["as published, small", "not renormalised, three taps", "one odd head"],
+)
+def test_p4_oracle_equals_transformers_kimi_linear(change: dict[str, Any]) -> None:
+    config = KimiLinearConfig(**(KIMI | change))
+    model = KimiLinearForCausalLM(config)
+    randomise(model)
+    spec = with_router_losses(hf.spec_from_hf(config.to_dict()), balance_loss=0.0, z_loss=0.1)
+    params = dict(hf.import_state(spec, model.state_dict()))
+    batch = packed([[65, 1, 3, 64], [63, 20, 30, 20]], spec.vocab_size, padding=20)
+
+    logits, routers = run_documents(model, batch)
+    z = sum((0.1 * torch.cat(layer).logsumexp(-1).square().mean() for layer in routers), start=torch.zeros(()))
+    theirs = {"main": main_loss(logits, batch), "z": z}
+    torch.stack(list(theirs.values())).sum().backward()
+
+    losses, grads = plain.value_and_grad(spec, params, **batch.arguments())
+    ours = plain.forward(spec, params, batch.tokens, batch.positions, batch.doc_index, batch.valid)
+    assert_same({"logits": ours[batch.valid]}, {"logits": torch.cat(logits)})
+    assert_same({"main": losses.main, "z": losses.z}, theirs)
+    buffers = {name: torch.zeros_like(buffer) for name, buffer in model.named_buffers()}
+    hf_grads = hf.import_state(spec, buffers | {name: p.grad for name, p in model.named_parameters()})
     assert_same(grads, {name: hf_grads[name] for name in trained(spec)})
 
 

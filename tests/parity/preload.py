@@ -13,11 +13,11 @@ import megatron.core.pipeline_parallel.schedules  # noqa: E402
 import megatron.core.transformer  # noqa: E402, F401
 
 import pretrain.trainer  # noqa: E402, F401
-from kernels.gated_delta import chunked  # noqa: E402
+from kernels import delta_chunks  # noqa: E402
 
 # Windows of the suite are shorter than a chunk: with chunks of 8 tokens a document crosses several, and the suite does
 # not spend its time on the padding of chunks.
-chunked.CHUNK = 8
+delta_chunks.CHUNK = 8
 
 # torch 2.13 renames collectives that Megatron-core 0.16 calls; every worker would say so.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from parallel.planning.plan import ParallelPlan
-from pretrain.spec import Attention, Dense, GatedDelta, LayerSpec, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, LayerSpec, ModelSpec, MoE
 from tests.parity.batches import GLOBAL_BATCH
 
 #: Tokens of a window: 2 and 3 tensor ranks divide it. Odd lengths are for one process, in ``test_oracle.py``.
@@ -17,6 +17,7 @@ SEQ_LEN = 24
 VOCABULARY = 257
 
 _DELTA = GatedDelta(num_qk_heads=6, num_v_heads=12, key_dim=4, value_dim=3)
+_KDA = Kda(num_heads=6, key_dim=4, value_dim=3, gate_rank=5)
 _ATTENTION = Attention(num_heads=12, num_kv_heads=6, head_dim=4, rope_fraction=0.5, output_gate=True)
 # torch's grouped_mm wants rows of whole 16 bytes: 48 columns, halved or in three, are in every dtype.
 _SOFTMAX = MoE(6, 2, 48, balance_loss=1e-2, z_loss=1e-3, shared_hidden=12, shared_gate=True)
@@ -29,14 +30,14 @@ DENSE = ModelSpec(
     zero_centred_norm=False,
     init_std=0.05,
 )
-#: Hybrid mixers, both routers, a dense layer between, tied embedding.
+#: Every mixer, both routers, dense layers between, tied embedding.
 HYBRID = ModelSpec(
     16,
     VOCABULARY,
     (
         LayerSpec(_DELTA, _SOFTMAX),
         LayerSpec(_ATTENTION, Dense(12)),
-        LayerSpec(_DELTA, Dense(12)),
+        LayerSpec(_KDA, Dense(12)),
         LayerSpec(_ATTENTION, _SIGMOID),
     ),
     tied_embedding=True,

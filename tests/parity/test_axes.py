@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from parallel.planning.capabilities import TABLE, features_of
 from parallel.planning.plan import ParallelPlan
+from pretrain.spec import Mixer
 from tests.parity.compare import Compare
 from tests.parity.specs import DENSE, HYBRID, SPECS, plan
 
@@ -53,6 +56,7 @@ def test_p4_no_supported_axis_is_left_out() -> None:
     assert at_work == {row.name for row in TABLE.values() if row.kind == "axis" and row.status == "supported"}
     assert {layout.world_size for _, layout in CASES.values()} == {1, 2, 3, 4, 8}
     assert {spec for spec, _ in CASES.values()} == set(SPECS)
+    assert {type(layer.mixer) for spec in SPECS.values() for layer in spec.layers} == set(get_args(Mixer))
     assert DENSE.vocab_size == HYBRID.vocab_size == 257
 
 

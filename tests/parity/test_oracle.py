@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.spec import Attention, Dense, GatedDelta, LayerSpec, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, LayerSpec, ModelSpec, MoE
 from tests.oracle import plain
 from tests.parity import jobs
 from tests.parity.batches import GLOBAL_BATCH, global_batch, part_of
@@ -17,6 +17,7 @@ from tests.parity.pool import Pool
 from tests.parity.specs import ONE, plan
 
 _DELTA = GatedDelta(num_qk_heads=2, num_v_heads=4, key_dim=4, value_dim=3)
+_KDA = Kda(num_heads=3, key_dim=4, value_dim=5, gate_rank=2)
 _ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=8, rope_fraction=0.5, output_gate=True)
 _SOFTMAX = MoE(4, 2, 8, balance_loss=0.1, z_loss=0.01, shared_hidden=5, shared_gate=True)
 _SIGMOID = replace(_SOFTMAX, router="sigmoid", route_scale=2.5, shared_gate=False)
@@ -33,6 +34,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "sigmoid router, bias, ungated shared expert": model((_ATTENTION, _SIGMOID), (_DELTA, _SIGMOID)),
     "no bias, no shared expert, no renormalisation": model((_DELTA, _PLAIN_MOE), zero_centred_norm=False),
+    "kda, sigmoid router, plain norms": model((_KDA, Dense(9)), (_KDA, _SIGMOID), zero_centred_norm=False),
     "attention alone: ungrouped, full RoPE, no norm": model(
         (Attention(3, 3, 4, qk_norm=False), Dense(9)), zero_centred_norm=False
     ),

@@ -6,16 +6,18 @@ import pytest
 
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.workload import check_divisibility
-from pretrain.spec import Attention, Dense, GatedDelta, LayerSpec, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, LayerSpec, ModelSpec, MoE
 from pretrain.workload import workload_of
 from stoker.errors import Refusal
 
 ATTENTION = Attention(6, 2, 10, output_gate=True)
 DELTA = GatedDelta(2, 6, 12, 20)
+KDA = Kda(6, 12, 20, gate_rank=7)
 MOE = MoE(5, 3, 14, shared_hidden=22, shared_gate=True)
 SPECS = {
     "dense": ModelSpec(24, 257, (LayerSpec(Attention(6, 3, 8, qk_norm=False), Dense(40)),) * 3),
     "hybrid": ModelSpec(24, 257, (LayerSpec(DELTA, Dense(40)), LayerSpec(ATTENTION, Dense(36))), tied_embedding=True),
+    "kda": ModelSpec(24, 257, (LayerSpec(KDA, Dense(40)), LayerSpec(KDA, MOE))),
     "moe": ModelSpec(24, 257, (LayerSpec(DELTA, Dense(40)), LayerSpec(DELTA, MOE), LayerSpec(ATTENTION, MOE))),
 }
 
@@ -81,6 +83,31 @@ def test_the_delta_rule_matches_the_table_of_its_reference() -> None:
     assert core.forward_flops == pytest.approx(32 * forward)
     assert core.backward_flops == pytest.approx(32 * backward)
     assert (core.forward_bytes / 32, core.backward_bytes / 32) == (1032, 1808)
+
+
+def test_a_kda_layer_counts_its_low_rank_gates_and_its_decay_per_channel() -> None:
+    D, F, T, H, K, W, R, C = 24, 40, 100, 6, 12, 20, 7, 64
+    products = D * (2 * H * K + H * W + H + 2 * R) + R * (H * K + H * W) + H * W * D
+    conv = 4 * (2 * H * K + H * W)
+    (layer, _) = workload_of(SPECS["kda"], T).layers
+    assert layer.parameters == products + conv + H + H * K + W + D + 3 * D * F + D
+    forward, backward = delta_core(K, W)
+    assert layer.forward_flops == pytest.approx(2 * (products + conv + 3 * D * F) + H * forward, rel=1e-12)
+    assert layer.backward_flops == pytest.approx(
+        4 * (products + conv + 3 * D * F) + H * (backward + 2 * C * K), rel=1e-12
+    )
+    assert layer.kind == "kda/dense"
+    # Tensor parallelism cuts heads; what is of low rank every rank does for all tokens.
+    assert {op.name for op in layer.operations if op.gathered} == {"f_a", "g_a"}
+    assert layer.parameters_by_axes()[()] == 2 * D * R + W + 2 * D
+
+
+def test_kda_matches_the_table_of_its_reference() -> None:
+    """Forward as the scalar rule, backward 409.6 thousand FLOPs a head; 1540 and 2824 bytes with decays in float32."""
+    work = workload_of(ModelSpec(64, 257, (LayerSpec(Kda(32, 128, 128, 128), Dense(8)),)), 64)
+    (core,) = (op for op in work.layers[0].operations if op.kind == "kda")
+    assert (round(core.forward_flops / 32e3, 1), round(core.backward_flops / 32e3, 1)) == (169.3, 409.6)
+    assert (core.forward_bytes / 32, core.backward_bytes / 32) == (1540, 2824)
 
 
 def test_a_mixture_counts_the_experts_that_a_token_visits() -> None:
@@ -167,6 +194,7 @@ def test_degrees_that_divide_are_accepted_and_the_vocabulary_is_no_obstacle() ->
 REFUSED = {
     "tp=4 does not divide attention.num_heads=6, attention.num_kv_heads=3: .* are tp=1$": ("dense", 4, dict(tp=4)),
     "tp=3 does not divide gated_delta.num_qk_heads=2, .*num_kv_heads=2: .* tp=2$": ("hybrid", 3, dict(tp=3)),
+    "tp=4 does not divide kda.num_heads=6, .*: nearest that divide all are tp=2": ("kda", 4, dict(tp=4)),
     "ep=2 does not divide moe.num_experts=5: .* ep=1 or ep=5": ("moe", 2, dict(ep=2)),
     "etp=4 does not divide moe.hidden=14: .* etp=2 or etp=7": ("moe", 4, dict(etp=4)),
     "ep=2 cuts experts and the model has no expert layer: set ep=1": ("hybrid", 2, dict(ep=2)),

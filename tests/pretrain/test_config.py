@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from pretrain import spec
 from pretrain.config import RunConfig, allowed_changes, diff, load, parse, presets
 from pretrain.config_base import KeyClass, keys, section_of
-from pretrain.config_model import AttentionSection, DenseSection, GatedDeltaSection, ModelSection, MoESection
+from pretrain.config_model import (
+    AttentionSection,
+    DenseSection,
+    GatedDeltaSection,
+    KdaSection,
+    ModelSection,
+    MoESection,
+)
 from pretrain.config_sections import ScheduleSection
 from pretrain.config_yaml import apply_overrides, dump_yaml, parse_yaml
 from stoker.errors import Refusal
@@ -27,8 +34,9 @@ def small() -> dict[str, Any]:
         "model": {
             "width": 24,
             "vocab_size": 257,
-            "layers": ["gated_delta/dense", {"repeat": 2, "layers": ["gated_delta/moe", "attention/moe"]}],
+            "layers": ["kda/dense", {"repeat": 2, "layers": ["gated_delta/moe", "attention/moe"]}],
             "gated_delta": {"num_qk_heads": 2, "num_v_heads": 4, "key_dim": 8, "value_dim": 8},
+            "kda": {"num_heads": 2, "key_dim": 8, "value_dim": 4, "gate_rank": 5},
             "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
             "dense": {"hidden": 48},
             "moe": {"num_experts": 4, "top_k": 2, "hidden": 16},
@@ -71,7 +79,12 @@ REFUSALS = [
     ),
     ("model.layers=[{repeat: 0, layers: [attention/moe]}]", "a repeated block is {repeat: n, layers: [...]}"),
     ("model.moe=null", "a layer uses moe and model.moe is missing"),
-    ("model.layers=[gated_delta/dense]", "model.attention is given and no layer uses it"),
+    ("model.layers=[gated_delta/dense]", "model.kda is given and no layer uses it"),
+    ("model.layers=[kda/dense, attention/moe]", "model.gated_delta is given and no layer uses it"),
+    ("model.layers=[kad/moe]", "model.layers: unknown layer 'kad/moe': did you mean kda/moe?"),
+    ("model.kda.gate_rank=0", "Kda.gate_rank=0 must be positive"),
+    ("model.kda.key_dim=1", "kda.key_dim=1: a decay per channel is then one per head, use gated_delta"),
+    ("model.kda={num_heads: 2, key_dim: 8, value_dim: 4}", "model.kda.gate_rank"),
     ("model.moe.top_k=9", "moe.top_k=9 is larger than moe.num_experts=4"),
     ("model.gated_delta.num_v_heads=3", "gated_delta.num_v_heads=3 is not a multiple of num_qk_heads=2"),
     ("model.attention.num_kv_heads=3", "attention.num_heads=4 is not a multiple of num_kv_heads=3"),
@@ -263,6 +276,7 @@ def test_every_key_says_what_it_means_and_what_its_change_means() -> None:
     ("section", "described"),
     [
         (GatedDeltaSection, spec.GatedDelta),
+        (KdaSection, spec.Kda),
         (AttentionSection, spec.Attention),
         (DenseSection, spec.Dense),
         (MoESection, spec.MoE),
@@ -272,7 +286,7 @@ def test_every_key_says_what_it_means_and_what_its_change_means() -> None:
 def test_the_model_section_has_the_fields_and_defaults_of_the_spec(section: type[Any], described: type[Any]) -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(described)}
     fields = section.model_fields
-    extra = {"gated_delta", "attention", "dense", "moe"} if section is ModelSection else set()
+    extra = {"gated_delta", "kda", "attention", "dense", "moe"} if section is ModelSection else set()
     assert set(fields) - extra == set(defaults)
     for name, default in defaults.items():
         assert fields[name].is_required() == (default is dataclasses.MISSING), name
@@ -284,7 +298,8 @@ def test_the_model_section_builds_the_spec_it_describes() -> None:
     delta, attention = spec.GatedDelta(2, 4, 8, 8), spec.Attention(4, 2, 8)
     moe = spec.MoE(4, 2, 16)
     mixed = (spec.LayerSpec(delta, moe), spec.LayerSpec(attention, moe))
-    assert model == spec.ModelSpec(24, 257, (spec.LayerSpec(delta, spec.Dense(48)), *mixed, *mixed))
+    first = spec.LayerSpec(spec.Kda(2, 8, 4, gate_rank=5), spec.Dense(48))
+    assert model == spec.ModelSpec(24, 257, (first, *mixed, *mixed))
 
 
 @pytest.mark.parametrize(

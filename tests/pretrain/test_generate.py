@@ -10,16 +10,21 @@ from pretrain.initialise import initialise
 from pretrain.model.chunk import Chunk, build_chunks, named_tensors
 from pretrain.model.decode import Decoder, packed
 from pretrain.restore import alone
-from pretrain.spec import Attention, Dense, GatedDelta, LayerSpec, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, LayerSpec, ModelSpec, MoE
 from stoker.errors import Refusal
 
 GATED_DELTA = GatedDelta(num_qk_heads=2, num_v_heads=4, key_dim=8, value_dim=6)
+KDA = Kda(num_heads=3, key_dim=8, value_dim=6, gate_rank=5, conv_width=3)
 ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=8, rope_fraction=0.5, output_gate=True)
 EXPERTS = MoE(num_experts=4, top_k=2, hidden=16, shared_hidden=16, shared_gate=True)
 SPEC = ModelSpec(
     width=24,
     vocab_size=57,
-    layers=(LayerSpec(GATED_DELTA, Dense(32)), LayerSpec(ATTENTION, EXPERTS), LayerSpec(GATED_DELTA, EXPERTS)),
+    layers=(
+        LayerSpec(GATED_DELTA, Dense(32)),
+        LayerSpec(ATTENTION, EXPERTS),
+        LayerSpec(KDA, EXPERTS),
+    ),
     init_std=0.5,
 )
 

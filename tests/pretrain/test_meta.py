@@ -9,7 +9,7 @@ from pretrain.config import preset
 from pretrain.model.chunk import build_chunks, named_tensors
 from pretrain.restore import alone
 
-LARGE = ["hybrid-1b", "hybrid-moe-30b-a3b", "hybrid-moe-235b-a22b"]
+LARGE = ["hybrid-1b", "hybrid-moe-30b-a3b", "hybrid-moe-235b-a22b", "kda-moe-48b-a3b"]
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 
 from pretrain.config import RunConfig, preset
-from pretrain.spec import Attention, Dense, GatedDelta, ModelSpec, MoE
+from pretrain.spec import Attention, Dense, GatedDelta, Kda, ModelSpec, MoE
 
 
 def gated_delta(width: int, qk: int, v: int, dim: int, taps: int = 4) -> int:
     """q, k, v, z and output projections, a and b, convolutions, A_log and dt_bias, gated norm."""
     return width * dim * (2 * qk + 3 * v) + 2 * width * v + taps * dim * (2 * qk + v) + 2 * v + dim
+
+
+def kda(width: int, heads: int, dim: int, taps: int = 4) -> int:
+    """q, k, v and output projections, b, two gates of the head's rank, convolutions, A_log and dt_bias, gated norm."""
+    gates = 2 * (width * dim + dim * heads * dim)
+    return 4 * width * heads * dim + width * heads + gates + taps * 3 * heads * dim + heads + heads * dim + dim
 
 
 def attention(width: int, heads: int, kv: int, dim: int, gate: bool) -> int:
@@ -54,6 +60,12 @@ def hybrid_235b(visited: int) -> int:
     return frame(4096, 151_936, 92) + mixers + 92 * moe
 
 
+def kda_48b(visited: int) -> int:
+    mixers = 20 * kda(2304, 32, 128) + 7 * attention(2304, 32, 8, 128, gate=False)
+    moe = 2304 * 256 + experts(2304, visited + 1, 1024)
+    return frame(2304, 163_840, 27) + mixers + 3 * 2304 * 9216 + 26 * moe
+
+
 PRESETS = {
     # closed form over the experts a token visits; experts held; experts visited; stated total and active; ranks
     "demo": (demo, 8, 2, "3.66 million", "2.34 million", (1, 2)),
@@ -61,6 +73,7 @@ PRESETS = {
     "hybrid-1b": (hybrid_1b, 0, 0, "1.02 billion", "1.02 billion", (8, 64)),
     "hybrid-moe-30b-a3b": (hybrid_30b, 256, 8, "31.3 billion", "3.2 billion", (64, 256)),
     "hybrid-moe-235b-a22b": (hybrid_235b, 128, 8, "231 billion", "22.9 billion", (64, 512)),
+    "kda-moe-48b-a3b": (kda_48b, 256, 8, "49.1 billion", "3.4 billion", (64, 256)),
 }
 
 
@@ -126,6 +139,14 @@ def test_the_demo_preset_has_every_kind_of_layer_and_every_feature() -> None:
 def test_the_large_presets_have_three_gated_delta_layers_to_one_of_attention(name: str) -> None:
     kinds = [type(layer.mixer) for layer in preset(name).model_spec().layers]
     assert kinds == [GatedDelta, GatedDelta, GatedDelta, Attention] * (len(kinds) // 4)
+
+
+def test_the_kda_preset_has_the_layers_of_kimi_linear_48b() -> None:
+    """Full attention in the layers 4, 8, ... 24 and 27, counted from 1; the first feed-forward is dense."""
+    layers = preset("kda-moe-48b-a3b").model_spec().layers
+    assert [i + 1 for i, layer in enumerate(layers) if isinstance(layer.mixer, Attention)] == [*range(4, 25, 4), 27]
+    assert [i + 1 for i, layer in enumerate(layers) if isinstance(layer.ffn, Dense)] == [1]
+    assert {type(layer.mixer) for layer in layers} == {Attention, Kda}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -20,13 +20,14 @@ from dataio.log import DataLog, Segment
 from dataio.types import TokenizerId
 from pretrain import rundir
 from pretrain.attempt import ExitClass
-from pretrain.config import load
+from pretrain.config import load, preset, presets
 from pretrain.events import METRICS, StepEvent, Timing
 from pretrain.figures.chart import Line, Marks, decimate, line_chart, line_table, not_drawn, smooth, ticks
 from pretrain.figures.curves import NO_STEPS
 from pretrain.figures.layout import heat_map
 from pretrain.figures.markup import duration, node, number, short, to_html
 from pretrain.figures.record import Loads, read_loads, read_record
+from pretrain.figures.run import model_words
 from pretrain.report import SECTIONS, write_report
 from stoker.errors import Refusal
 
@@ -161,6 +162,15 @@ def test_strange_runs_are_reported_too(tmp_path: Path, events: list[StepEvent], 
     flat = re.sub(r"\s+", " ", page.text)
     for words in said:
         assert words in flat
+
+
+def test_every_preset_is_put_in_words() -> None:
+    for name in presets():
+        spec = preset(name).model_spec()
+        assert model_words(spec).startswith(f"{len(spec.layers)} layers: ")
+    words = model_words(preset("kda-moe-48b-a3b").model_spec())
+    assert "19 Kimi delta attention + mixture of experts" in words
+    assert "Kimi delta attention: 32 heads, keys × 128, values × 128, gates of rank 128" in words
 
 
 def test_a_model_without_experts_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,269 @@
+"""The delta rules compiled: on this machine's processor, on a GPU, and the GPU's code on an emulated thread block.
+
+The C++ is one set of tile programs (``kernels/<operator>/native``); what differs here is who runs them. On a processor
+heads are shared out over torch's threads. Nothing here reads a tensor's content, so a CUDA stream is never waited for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import delta_op, toolchain
+from kernels.precision import compute_dtype
+from kernels.registry import Implementation
+from kernels.segments import segment_bounds
+
+#: Tokens of a chunk in the C++ (``kChunk`` of native/delta_params.h).
+CHUNK = 64
+#: Head dims (K, V) that the libraries are built for.
+HOST_DIMS = {(32, 32), (64, 64), (128, 128)}
+MODEL_DIMS = (64, 64)
+GPU_KEY_DIMS, GPU_VALUE_BLOCK = {64, 128}, 64
+
+_POINTERS = (
+    "q k v g beta cu_seqlens initial o final states errors solved d_o d_final dq dk dv dg dbeta dinitial workspace"
+)
+_SIZES = "num_tokens num_segments num_qk_heads num_v_heads key_dim value_dim save value_block"
+
+
+class DeltaParams(ctypes.Structure):
+    """``struct DeltaParams`` of native/delta_params.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        ("workspace_bytes", ctypes.c_int64),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("q", "k", "v", "o", "d_o")),
+        *((name, ctypes.c_int32) for name in _SIZES.split()),
+        ("scale", ctypes.c_double),
+    )
+
+
+#: Runs the compiled forward (False) or backward (True) of an operator on the tensors that DeltaParams points at; the
+#: tensor tells dtype and device.
+Call = Callable[[str, DeltaParams, bool, Tensor], None]
+
+
+def workspace_shapes(
+    matrices: int, num_tokens: int, num_segments: int, num_v_heads: int, key_dim: int, value_dim: int
+) -> tuple[tuple[int, ...], ...]:
+    """States that enter the chunks, errors, and T (and N_q where ``matrices`` is 2), by slot (native/delta_params.h);
+    some slots stay unused."""
+    slots = num_tokens // CHUNK + num_segments
+    return (
+        (slots, num_v_heads, key_dim, value_dim),
+        (slots, num_v_heads, CHUNK, value_dim),
+        (slots, num_v_heads, matrices, CHUNK, CHUNK),
+    )
+
+
+#: C x C matrices that an operator keeps of a chunk.
+MATRICES = {"gated_delta": 1, "kda": 2}
+
+
+def implementations(op: str) -> list[Implementation]:
+    """Of an operator, in order of preference. ``emulated`` and ``model`` run only where ``registry.force`` asks for
+    them: the GPU's code on an emulated block, and the programs in double or with bfloat16 tiles on the host."""
+    makers = {"cuda": _cuda, "compiled": _host, "emulated": _emulated, "model": _model}
+    return [maker(op, name) for name, maker in makers.items()]
+
+
+def _host(op: str, name: str) -> Implementation:
+    def supports(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        fits = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and shape in HOST_DIMS
+        return fits and toolchain.host_library() is not None
+
+    operator = _operator(op, "compiled", _run_host, {torch.bfloat16: torch.float32})
+    return Implementation(name, operator, supports)
+
+
+def _model(op: str, name: str) -> Implementation:
+    return Implementation(name, _operator(op, "model", _run_model, {}), _never)
+
+
+def _cuda(op: str, name: str) -> Implementation:
+    def supports(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        fits = dtype == torch.bfloat16 and shape[0] in GPU_KEY_DIMS and shape[1] % GPU_VALUE_BLOCK == 0
+        return device == "cuda" and fits and toolchain.cuda_library() is not None
+
+    return Implementation(name, _operator(op, "cuda", _run_cuda, {}), supports)
+
+
+def _emulated(op: str, name: str) -> Implementation:
+    return Implementation(name, _operator(op, "emulated", _run_emulated, {}), _never)
+
+
+def _never(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return False
+
+
+def _operator(
+    op: str, name: str, call: Call, widen: dict[torch.dtype, torch.dtype]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The torch operator over ``call``; inputs of a dtype in ``widen`` are turned into the wider one first."""
+
+    def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
+        return widen.get(dtype, dtype)
+
+    shapes = partial(workspace_shapes, MATRICES[op])
+    forward = partial(_forward, partial(call, op), shapes, workspace_dtype)
+    backward = partial(_backward, partial(call, op), workspace_dtype)
+    operator = delta_op.torch_operator(f"{op}_{name}", forward, backward, shapes, workspace_dtype)
+    return partial(delta_op.run, operator)
+
+
+def _forward(
+    call: Callable[[DeltaParams, bool, Tensor], None],
+    workspace_shapes: delta_op.WorkspaceShapes,
+    workspace_dtype: Callable[[torch.dtype], torch.dtype],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (N, Hv, V), K, S = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
+    real, element = compute_dtype(q.dtype), workspace_dtype(q.dtype)
+    q_, k_, v_ = (_rows(x.to(element)) for x in (q, k, v))
+    g_, beta_ = (x.to(real).contiguous() for x in (g, beta))
+    cu = cu_seqlens.to(torch.int32).contiguous()
+    initial = None if initial_state is None else initial_state.to(real).contiguous()
+    o, final = v_.new_empty(N, Hv, V), v.new_empty((S, Hv, K, V), dtype=real)
+    shapes = workspace_shapes(N, S, Hv, K, V)
+    states, errors = (q.new_empty(shape if save else 0, dtype=element) for shape in shapes[:2])
+    solved = q.new_empty(shapes[2], dtype=element)  # some programs hand it from one kernel to the next
+    tensors = {"g": g_, "beta": beta_, "initial": initial, "o": o, "final": final}
+    params = _params(q_, k_, v_, cu, scale, states=states, errors=errors, solved=solved, **tensors)
+    params.save = save
+    call(params, False, q_)
+    return o.to(v.dtype), final, states, errors, solved if save else solved.new_empty(0)
+
+
+def _backward(
+    call: Callable[[DeltaParams, bool, Tensor], None],
+    workspace_dtype: Callable[[torch.dtype], torch.dtype],
+    do: Tensor,
+    dfinal: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    states: Tensor,
+    errors: Tensor,
+    solved: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    real, element = compute_dtype(q.dtype), workspace_dtype(q.dtype)
+    q_, k_, v_, do_ = (_rows(x.to(element)) for x in (q, k, v, do))
+    g_, beta_, dfinal_ = (x.to(real).contiguous() for x in (g, beta, dfinal))
+    cu = cu_seqlens.to(torch.int32).contiguous()
+    dq, dk, dv = (x.new_empty(x.shape, dtype=element) for x in (q, k, v))
+    dg, dbeta, dinitial = (x.new_empty(x.shape, dtype=real) for x in (g, beta, dfinal))
+    gradients = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": dbeta, "dinitial": dinitial}
+    saved = {"states": states, "errors": errors, "solved": solved}
+    params = _params(q_, k_, v_, cu, scale, g=g_, beta=beta_, d_o=do_, d_final=dfinal_, **saved, **gradients)
+    params.d_o_stride = do_.stride(0)
+    call(params, True, q_)
+    grads = zip((dq, dk, dv, dg, dbeta), (q, k, v, g, beta), strict=True)
+    dq, dk, dv, dg, dbeta = (grad.to(x.dtype) for grad, x in grads)
+    return dq, dk, dv, dg, dbeta, dinitial
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [N, heads, dim] with tokens any distance apart but heads and dims side by side, 16-byte aligned."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if x.stride()[1:] == (x.shape[2], 1) and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _params(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, **tensors: Tensor | None) -> DeltaParams:
+    N, Hv, V = v.shape
+    tensors |= {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}
+    return DeltaParams(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        o_stride=Hv * V,
+        num_tokens=N,
+        num_segments=len(cu_seqlens) - 1,
+        num_qk_heads=k.shape[1],
+        num_v_heads=Hv,
+        key_dim=k.shape[2],
+        value_dim=V,
+        scale=scale,
+    )
+
+
+def _run_host(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
+    _run_heads(f"stoker_{op}_{toolchain.best_isa()}", params, back)
+
+
+def _run_model(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
+    name = {torch.float64: "double", torch.bfloat16: "bf16"}[q.dtype]
+    _run_heads(f"stoker_{op}_{name}_baseline", params, back)
+
+
+def _run_heads(function: str, params: DeltaParams, back: bool) -> None:
+    bounds = (ctypes.c_int32 * (params.num_segments + 1)).from_address(params.cu_seqlens)
+    segment_bounds(tuple(bounds), params.num_tokens)
+    library = toolchain.host_library()
+    assert library is not None
+    run = library.function(function, DeltaParams, *[ctypes.c_int] * 3)
+    heads = params.num_qk_heads if back else params.num_v_heads
+    _in_threads(heads, lambda begin, end: run(params, back, begin, end))
+
+
+def _in_threads(count: int, work: Callable[[int, int], None]) -> None:
+    """``work(begin, end)`` over equal parts of ``count``, one for each of torch's threads."""
+    parts = min(torch.get_num_threads(), count)
+    ranges = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+    if parts == 1:
+        work(*ranges[0])
+    elif parts:
+        list(_pool(os.getpid(), parts).map(lambda part: work(*part), ranges))
+
+
+@cache
+def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork."""
+    return ThreadPoolExecutor(threads, "stoker-kernels")
+
+
+def _run_cuda(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
+    library = toolchain.cuda_library()
+    assert library is not None
+    with torch.cuda.device(q.device):
+        _run_device(library, op, params, back, q, torch.cuda.current_stream(q.device).cuda_stream)
+
+
+def _run_emulated(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
+    library = toolchain.emulated_library()
+    if library is None:
+        raise RuntimeError(f"no emulated kernels: {toolchain.why_not('simt')}")
+    _run_device(library, op, params, back, q, emulation_seed)
+
+
+#: In which order the emulated library runs blocks and threads.
+emulation_seed = 1
+
+
+def _run_device(library: Any, op: str, params: DeltaParams, back: bool, q: Tensor, stream: int) -> None:
+    if back:
+        size = library.query(f"stoker_{op}_workspace", DeltaParams)(params)
+        workspace = q.new_empty((size,), dtype=torch.uint8)
+        params.workspace, params.workspace_bytes = workspace.data_ptr(), size
+    name = f"stoker_{op}_{'backward' if back else 'forward'}"
+    library.function(name, DeltaParams, ctypes.c_void_p)(params, stream)

@@ -1,0 +1,145 @@
+"""How an implementation of a delta rule becomes a torch operator, and what the delta rules refuse.
+
+Gated delta and KDA have one signature and one life cycle: a forward that leaves a workspace, a backward that reads it.
+:func:`torch_operator` registers such a pair with its fakes and its autograd rule, so torch.compile sees one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.precision import compute_dtype
+from stoker.errors import Refusal
+
+#: q, k, v, g, beta, cu_seqlens, initial_state, scale, save -> o, final state, three workspaces (empty unless ``save``)
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+#: do, dfinal, q, k, v, g, beta, cu_seqlens, three workspaces, scale -> gradients of q, k, v, g, beta, initial state
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+#: number of tokens, of segments, Hv, K, V -> shapes of the three workspaces
+WorkspaceShapes = Callable[[int, int, int, int, int], tuple[tuple[int, ...], ...]]
+
+
+def torch_operator(
+    name: str,
+    forward: Forward,
+    backward: Backward,
+    workspace_shapes: WorkspaceShapes,
+    workspace_dtype: Callable[[torch.dtype], torch.dtype] = compute_dtype,
+) -> torch.library.CustomOpDef:
+    """Registers ``stoker::<name>`` and ``stoker::<name>_backward``. ``workspace_dtype``: by the dtype of q.
+
+    >>> operator = torch_operator("kda_chunked", chunked.forward, chunked.backward, delta_chunks.workspace_shapes)
+    >>> registry.register("kda", registry.Implementation("chunked", partial(run, operator)))
+    """
+
+    @torch.library.custom_op(f"stoker::{name}", mutates_args=())
+    def operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        cu_seqlens: Tensor,
+        initial_state: Tensor | None,
+        scale: float,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return forward(q, k, v, g, beta, cu_seqlens, initial_state, scale, save)
+
+    @torch.library.custom_op(f"stoker::{name}_backward", mutates_args=())
+    def operator_backward(
+        do: Tensor,
+        dfinal: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        cu_seqlens: Tensor,
+        first: Tensor,
+        second: Tensor,
+        third: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return backward(do, dfinal, q, k, v, g, beta, cu_seqlens, first, second, third, scale)
+
+    def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        _, _, cu_seqlens, _, _, save = rest
+        (N, Hv, V), K, S = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
+        dtype = compute_dtype(q.dtype)
+        shapes = workspace_shapes(N, S, Hv, K, V) if save else ((0,),) * 3
+        first, second, third = (q.new_empty(shape, dtype=workspace_dtype(q.dtype)) for shape in shapes)
+        return v.new_empty(N, Hv, V), q.new_empty((S, Hv, K, V), dtype=dtype), first, second, third
+
+    def fake_backward(do: Tensor, dfinal: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        dinitial = dfinal.new_empty(dfinal.shape, dtype=compute_dtype(rest[0].dtype))
+        return *(x.new_empty(x.shape) for x in rest[:5]), dinitial
+
+    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, initial_state, scale, save = inputs
+        if not save:
+            raise RuntimeError(f"{name}: save=False, yet a gradient is asked for; call kernels.delta_op.run")
+        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.scale = scale
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+
+    def gradients(ctx: Any, do: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, dinitial = operator_backward(do, dfinal, *ctx.saved_tensors, ctx.scale)
+        return *grads, None, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
+
+    operator.register_fake(fake)
+    operator_backward.register_fake(fake_backward)
+    operator.register_autograd(gradients, setup_context=save_for_backward)
+    return operator
+
+
+def run(
+    operator: torch.library.CustomOpDef,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """o and the final state; the workspace is kept only if a gradient is asked for."""
+    inputs = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    o, final, *_ = operator(q, k, v, g, beta, cu_seqlens, initial_state, scale, save)
+    return o, final
+
+
+def check_shapes(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    *,
+    per_channel: bool,
+) -> None:
+    """Refusal unless the shapes are those of :func:`kernels.gated_delta.op.gated_delta`; ``per_channel``: g has a decay
+    for every key channel."""
+    N, Hv, V = v.shape
+    Hk, K = k.shape[1:]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "q": (q, (N, Hk, K)),
+        "k": (k, (N, Hk, K)),
+        "g": (g, (N, Hv, K) if per_channel else (N, Hv)),
+        "beta": (beta, (N, Hv)),
+        "initial_state": (initial_state, (cu_seqlens.shape[0] - 1, Hv, K, V)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise Refusal(f"{op}: {name} has shape {tuple(tensor.shape)}, v and k ask for {shape}")
+    if Hv % Hk:
+        raise Refusal(f"{op}: {Hv} value heads are not a multiple of {Hk} query-key heads")

@@ -1,0 +1,526 @@
+// The GPU's way to run a tile program: a block of 8 warps shares tiles and splits accumulators.
+//
+// Tiles are bfloat16 in shared memory, in panels of 64 columns: a row of a panel is 128 bytes whose eight 16-byte parts
+// are swapped by the row (part ^ row % 8), so that eight rows of one part, which ldmatrix reads and fragments write,
+// never share a bank. It is the 128-byte swizzle of TMA and wgmma.
+// Accumulators are float in the layout of mma.m16n8k16: warp w owns the stripe of 16 rows w % (R / 16) and, where there
+// are fewer stripes than warps, one of the column parts.
+#pragma once
+
+#include "native/number.h"
+#include "native/ptx.h"
+
+namespace stoker {
+namespace STOKER_ISA {
+
+constexpr int kWarps = 8, kThreads = kWarps * 32;
+
+struct BlockExec {
+  using Element = bf16;
+  using Real = float;
+  using Wide = float;
+  static constexpr int kStages = 2;
+
+  template <int R, int C>
+  struct alignas(1024) Tile {
+    static_assert(C % 64 == 0 && R % 8 == 0);
+    uint16_t at[R * C];
+    // Index of element (r, c).
+    STOKER_DEVICE static int index(int r, int c) {
+      return c / 64 * (R * 64) + r * 64 + ((c / 8 % 8) ^ (r % 8)) * 8 + c % 8;
+    }
+    STOKER_DEVICE float operator()(int r, int c) const {
+      return bf16::from_bits(uint32_t(shared_load(at + index(r, c))) << 16);
+    }
+  };
+
+  template <int R, int C>
+  struct Acc {
+    static constexpr int stripes = R / 16, parts = kWarps / stripes, columns = C / parts, tiles = columns / 8;
+    static_assert(stripes * parts == kWarps && columns % 16 == 0);
+    float x[tiles][4];
+  };
+
+  // Numbers in shared memory, element by element through the instructions that the emulated block watches.
+  struct Number {
+    float *at;
+    STOKER_DEVICE operator float() const { return shared_load(at); }
+    STOKER_DEVICE void operator=(float x) { shared_store(at, x); }
+    STOKER_DEVICE void operator+=(float x) { shared_store(at, shared_load(at) + x); }
+  };
+  template <int N, class T = float>
+  struct Vector {
+    float at[N];
+    STOKER_DEVICE Number operator[](int i) { return {at + i}; }
+    STOKER_DEVICE float operator[](int i) const { return shared_load(at + i); }
+  };
+
+  // A float matrix in shared memory; the padding spreads the rows that a fragment touches over the banks.
+  template <int R, int C, class T = float>
+  struct alignas(16) Plane {
+    static constexpr int stride = C + 8;
+    float at[R * stride];
+    STOKER_DEVICE Number operator()(int r, int c) { return {at + r * stride + c}; }
+    STOKER_DEVICE float operator()(int r, int c) const { return shared_load(at + r * stride + c); }
+  };
+
+  template <int N>
+  struct RowSums {
+    static constexpr int parts = kWarps / (N / 16);
+    Vector<N> part[parts];
+  };
+  template <int N>
+  struct ColumnSums {
+    static constexpr int parts = N / 16;
+    Vector<N> part[parts];
+  };
+  struct Total {
+    static constexpr int parts = kWarps;
+    Vector<parts> part;
+  };
+  template <int N>
+  struct Scratch {
+    Vector<N + 1> at[N];
+  };
+
+  int thread, warp, lane;
+  STOKER_DEVICE BlockExec() : thread(thread_index()), warp(thread / 32), lane(thread % 32) {}
+
+  STOKER_DEVICE void sync() { block_barrier(); }
+  template <class... Accs>
+  STOKER_DEVICE void finish(Accs &...) {}
+
+  template <int R, int C>
+  STOKER_DEVICE void load(Tile<R, C> &tile, const bf16 *from, int64_t stride, int rows) {
+    for (int i = opaque(thread); i < R * C / 8; i += kThreads) {
+      int r = i / (C / 8), c = i % (C / 8) * 8;
+      bool valid = r < rows;
+      copy16_async(tile.at + tile.index(r, c), from + (valid ? r * stride + c : 0), valid);
+    }
+  }
+  template <int N>
+  STOKER_DEVICE void load_vector(Vector<N> &to, const float *from, int64_t stride, int rows) {
+    for (int i = opaque(thread); i < N; i += kThreads) copy4_async(to.at + i, from + (i < rows ? i * stride : 0), i < rows);
+  }
+  template <int R, int C>
+  STOKER_DEVICE void load_plane(Plane<R, C> &plane, const float *from, int64_t stride, int rows) {
+    for (int i = opaque(thread); i < R * C / 4; i += kThreads) {
+      int r = i / (C / 4), c = i % (C / 4) * 4;
+      bool valid = r < rows;
+      copy16_async(plane.at + r * plane.stride + c, from + (valid ? r * stride + c : 0), valid);
+    }
+  }
+  STOKER_DEVICE void wait_loads() { copy_wait(); }
+
+  template <int R, int C>
+  STOKER_DEVICE void store(bf16 *to, int64_t stride, int rows, const Tile<R, C> &tile) {
+    struct alignas(16) Part {
+      uint32_t words[4];
+    };
+    for (int i = opaque(thread); i < R * C / 8; i += kThreads) {
+      int r = i / (C / 8), c = i % (C / 8) * 8;
+      if (r < rows)
+        *reinterpret_cast<Part *>(to + r * stride + c) =
+            shared_load(reinterpret_cast<const Part *>(tile.at + tile.index(r, c)));
+    }
+  }
+
+  template <int R, int C>
+  STOKER_DEVICE void zero(Acc<R, C> &acc) {
+#pragma unroll
+    for (auto &tile : acc.x)
+#pragma unroll
+      for (float &x : tile) x = 0;
+  }
+  // Where a thread's part of an accumulator lies: element i of n-tile j. Made anew for every operation (see opaque), or
+  // the addresses of all of them would fill the registers for the whole kernel.
+  template <int R, int C>
+  struct Place {
+    int top, left;
+    STOKER_DEVICE explicit Place(const BlockExec &x) {
+      const int lane = opaque(x.lane), warp = opaque(x.warp);
+      top = warp % Acc<R, C>::stripes * 16 + lane / 4;
+      left = warp / Acc<R, C>::stripes * Acc<R, C>::columns + lane % 4 * 2;
+    }
+    STOKER_DEVICE int row(int i) const { return top + i / 2 * 8; }
+    STOKER_DEVICE int column(int j, int i) const { return left + j * 8 + i % 2; }
+  };
+
+  template <bool TransA, bool TransB, int R, int C, int AR, int AC, int BR, int BC>
+  STOKER_DEVICE void product(Acc<R, C> &acc, const Tile<AR, AC> &a, const Tile<BR, BC> &b) {
+    constexpr int inner = TransA ? AR : AC;
+    static_assert((TransA ? AC : AR) == R && (TransB ? BR : BC) == C && (TransB ? BC : BR) == inner);
+    const int l = opaque(lane), w = opaque(warp);
+    const int top = w % Acc<R, C>::stripes * 16, left = w / Acc<R, C>::stripes * Acc<R, C>::columns;
+    const int in8 = l % 8, low = l / 8 % 2 * 8, high = l / 16 * 8;
+#pragma unroll 2
+    for (int t = 0; t < inner; t += 16) {
+      uint32_t rows[4];
+      if constexpr (TransA)
+        load_matrices<true>(rows, a.at + a.index(t + in8 + high, top + low));
+      else
+        load_matrices<false>(rows, a.at + a.index(top + in8 + low, t + high));
+#pragma unroll
+      for (int j = 0; j < Acc<R, C>::tiles; j += 2) {
+        uint32_t columns[4];
+        if constexpr (TransB)
+          load_matrices<false>(columns, b.at + b.index(left + j * 8 + in8 + high, t + low));
+        else
+          load_matrices<true>(columns, b.at + b.index(t + in8 + low, left + j * 8 + high));
+        multiply_add(acc.x[j], rows, columns[0], columns[1]);
+        multiply_add(acc.x[j + 1], rows, columns[2], columns[3]);
+      }
+    }
+  }
+
+  // Of the products of 16 x 16 only those that hold a pair of the level (see kda/native/levels.h).
+  template <class Level, int C, int K>
+  STOKER_DEVICE void product_level(Level level, Acc<C, C> &acc, const Tile<C, K> &a, const Tile<C, K> &b) {
+    const int half = level.half;
+    const int l = opaque(lane), w = opaque(warp);
+    const int top = w % Acc<C, C>::stripes * 16, left = w / Acc<C, C>::stripes * Acc<C, C>::columns;
+    const int in8 = l % 8, low = l / 8 % 2 * 8, high = l / 16 * 8;
+    const bool reads = half < 16 || level.later(top);
+    const int first = half < 16 ? top : level.boundary(top) + 1 - half, end = first + (half < 16 ? 16 : half);
+    if (!reads || first >= left + Acc<C, C>::columns || end <= left) return;
+#pragma unroll 1
+    for (int t = 0; t < K; t += 16) {
+      uint32_t rows[4];
+      load_matrices<false>(rows, a.at + a.index(top + in8 + low, t + high));
+#pragma unroll
+      for (int j = 0; j < Acc<C, C>::tiles; j += 2) {
+        if (left + j * 8 < first || left + j * 8 >= end) continue;
+        uint32_t columns[4];
+        load_matrices<false>(columns, b.at + b.index(left + j * 8 + in8 + high, t + low));
+        multiply_add(acc.x[j], rows, columns[0], columns[1]);
+        multiply_add(acc.x[j + 1], rows, columns[2], columns[3]);
+      }
+    }
+  }
+  template <bool Transposed, class Level, int C, int K>
+  STOKER_DEVICE void product_pairs(Level level, Acc<C, K> &acc, const Tile<C, C> &pairs, const Tile<C, K> &b) {
+    const int half = level.half;
+    const int l = opaque(lane), w = opaque(warp);
+    const int top = w % Acc<C, K>::stripes * 16, left = w / Acc<C, K>::stripes * Acc<C, K>::columns;
+    const int in8 = l % 8, low = l / 8 % 2 * 8, high = l / 16 * 8;
+    if (half >= 16 && level.later(top) == Transposed) return;
+    const int first = half < 16 ? top : level.boundary(top) + 1 - (Transposed ? 0 : half);
+#pragma unroll 1
+    for (int t = first; t < first + (half < 16 ? 16 : half); t += 16) {
+      uint32_t rows[4];
+      if constexpr (Transposed)
+        load_matrices<true>(rows, pairs.at + pairs.index(t + in8 + high, top + low));
+      else
+        load_matrices<false>(rows, pairs.at + pairs.index(top + in8 + low, t + high));
+#pragma unroll
+      for (int j = 0; j < Acc<C, K>::tiles; j += 2) {
+        uint32_t columns[4];
+        load_matrices<true>(columns, b.at + b.index(t + in8 + low, left + j * 8 + high));
+        multiply_add(acc.x[j], rows, columns[0], columns[1]);
+        multiply_add(acc.x[j + 1], rows, columns[2], columns[3]);
+      }
+    }
+  }
+  template <int R, int C, class F>
+  STOKER_DEVICE void fill(Tile<R, C> &tile, F f) {
+#pragma unroll 1
+    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
+      int r = i / (C / 2), c = i % (C / 2) * 2;
+      uint32_t pair = bf16::round(f(r, c)) | uint32_t(bf16::round(f(r, c + 1))) << 16;
+      shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair);
+    }
+  }
+  template <int C, class F>
+  STOKER_DEVICE void cells(int rows, F f) {
+#pragma unroll 1
+    for (int i = opaque(thread); i < rows * C; i += kThreads) f(i / C, i % C);
+  }
+
+  // Sums down the columns of a plane of 64 rows: two threads a column, 32 rows each.
+  static constexpr int kRun = 32;
+  template <int R, int C, class F>
+  STOKER_DEVICE void columns(F f) {
+    static_assert(R == 2 * kRun && 2 * C <= kThreads);
+    const int i = opaque(thread);
+    if (i < 2 * C) f(i % C, i / C * kRun);
+  }
+  // Log decays are cut at -104 first, as in running_sum.
+  template <int R, int C>
+  STOKER_DEVICE void running_sums(Plane<R, C> &plane) {
+    columns<R, C>([&](int c, int first) {
+      float sum = 0;
+      for (int r = first; r < first + kRun; ++r) {
+        const float g = plane(r, c);
+        sum += g < -104.0f ? -104.0f : g;
+        plane(r, c) = sum;
+      }
+    });
+    sync();
+    columns<R, C>([&](int c, int first) {
+      if (first == 0) return;
+      const float before = plane(first - 1, c);
+      for (int r = first; r < first + kRun; ++r) plane(r, c) += before;
+    });
+  }
+  template <int R, int C>
+  STOKER_DEVICE void suffix_sums(Plane<R, C> &plane) {
+    columns<R, C>([&](int c, int first) {
+      float sum = 0;
+      for (int r = first + kRun - 1; r >= first; --r) {
+        sum += plane(r, c);
+        plane(r, c) = sum;
+      }
+    });
+    sync();
+    columns<R, C>([&](int c, int first) {
+      if (first) return;
+      const float after = plane(kRun, c);
+      for (int r = 0; r < kRun; ++r) plane(r, c) += after;
+    });
+    sync();
+  }
+  template <int R, int C>
+  STOKER_DEVICE void prefix_sums(Plane<R, C> &plane) {
+    float last = 0;
+    columns<R, C>([&](int c, int first) {
+      float sum = 0;
+      for (int r = first; r < first + kRun; ++r) {
+        const float x = plane(r, c);
+        plane(r, c) = sum;
+        sum += x;
+      }
+      last = sum;
+    });
+    // The second half waits for the first's total, which the first leaves in the row where the second starts with 0.
+    sync();
+    columns<R, C>([&](int c, int first) {
+      if (first == 0) plane(kRun, c) = last;
+    });
+    sync();
+    columns<R, C>([&](int c, int first) {
+      if (first == 0) return;
+      const float before = plane(kRun, c);
+      for (int r = first + 1; r < first + kRun; ++r) plane(r, c) += before;
+    });
+    sync();
+  }
+  template <class Level, int R, int C>
+  STOKER_DEVICE void half_sums(Level level, Plane<R, C> &to, const Plane<R, C> &plane) {
+    columns<R, C>([&](int c, int first) {
+      float sum = 0;
+#pragma unroll 4
+      for (int i = first; i < first + kRun; ++i) {
+        // Halves one after the other, the later ones from their end.
+        const bool later = level.later(i);
+        const int r = later ? i ^ (level.half - 1) : i;
+        if ((i & (level.half - 1)) == 0) sum = 0;
+        const float x = plane(r, c), before = sum;
+        sum += x;
+        to(r, c) += later ? sum : before;
+      }
+    });
+  }
+
+  template <class F, int R, int C, class... More>
+  STOKER_DEVICE void each(F f, Acc<R, C> &acc, More &...more) {
+    const Place<R, C> at(*this);
+#pragma unroll
+    for (int j = 0; j < Acc<R, C>::tiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(at.row(i), at.column(j, i), acc.x[j][i], more.x[j][i]...);
+  }
+  template <int R, int C>
+  STOKER_DEVICE void put(Tile<R, C> &tile, const Acc<R, C> &acc) {
+    const Place<R, C> at(*this);
+#pragma unroll
+    for (int j = 0; j < Acc<R, C>::tiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        uint32_t pair = bf16::round(acc.x[j][i]) | uint32_t(bf16::round(acc.x[j][i + 1])) << 16;
+        shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(at.row(i), at.column(j, i))), pair);
+      }
+  }
+  template <class F>
+  STOKER_DEVICE void rows(int n, F f) {
+    for (int i = opaque(thread); i < n; i += kThreads) f(i);
+  }
+  template <int R, int C, class F>
+  STOKER_DEVICE void row_sums(RowSums<R> &to, F f, const Acc<R, C> &acc) {
+    const Place<R, C> at(*this);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < Acc<R, C>::tiles; ++j)
+#pragma unroll
+        for (int h = i; h < i + 2; ++h) sum += f(at.row(h), at.column(j, h), acc.x[j][h]);
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      if (lane % 4 == 0) to.part[warp / Acc<R, C>::stripes][at.row(i)] += sum;
+    }
+  }
+  template <int R, int C>
+  STOKER_DEVICE void column_sums(ColumnSums<C> &to, const Acc<R, C> &acc) {
+    const Place<R, C> at(*this);
+    static_assert(R == C);
+#pragma unroll
+    for (int j = 0; j < Acc<R, C>::tiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float sum = acc.x[j][i] + acc.x[j][i + 2];
+        sum += shuffle_xor(sum, 4);
+        sum += shuffle_xor(sum, 8);
+        sum += shuffle_xor(sum, 16);
+        if (lane < 4) to.part[warp % Acc<R, C>::stripes][at.column(j, i)] += sum;
+      }
+  }
+  template <int R, int C, class F>
+  STOKER_DEVICE void total(Total &to, F f, Acc<R, C> &acc) {
+    float sum = 0;
+    each([&](int r, int c, float &x) { sum += f(r, c, x); }, acc);
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) to.part[warp] += sum;
+  }
+
+  // to[j] += sum over r >= j > i of x_ri: running sums along the rows, then along the columns, four threads for each.
+  template <int N>
+  STOKER_DEVICE void passing_sums(Vector<N> &to, Acc<N, N> &acc, Scratch<N> &scratch) {
+    constexpr int run = N * N / kThreads, threads = N / run;
+    static_assert(N * threads == kThreads);
+    spill(scratch, acc);
+    sync();
+    const int line = thread / threads, part = thread % threads;
+    float sum = 0;
+    for (int i = part * run; i < (part + 1) * run; ++i) {
+      const float x = scratch.at[line][i];
+      scratch.at[line][i] = sum;
+      sum += x;
+    }
+    const float before = sum_before<threads>(sum, part);
+    for (int i = part * run; i < (part + 1) * run; ++i) scratch.at[line][i] += before;
+    sync();
+    sum = 0;
+    for (int r = part * run; r < (part + 1) * run; ++r)
+      if (r >= line) sum += float(scratch.at[r][line]);
+    const float all = sum_before<threads>(sum, part) + sum;
+    if (part == threads - 1) to[line] += all;
+    sync();
+  }
+  // Sum of the values of the earlier threads of a run of neighbours.
+  template <int Threads>
+  STOKER_DEVICE float sum_before(float value, int part) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < Threads - 1; ++i) {
+      float other = shuffle(value, lane - part + i);
+      sum += i < part ? other : 0.0f;
+    }
+    return sum;
+  }
+  template <int N>
+  STOKER_DEVICE void spill(Scratch<N> &scratch, Acc<N, N> &acc) {
+    each([&](int r, int c, float &x) { scratch.at[r][c] = x; }, acc);
+  }
+
+  // Log decays below -104 make a factor that float holds as 0: cut there, they cost the sum none of its digits.
+  template <int N>
+  STOKER_DEVICE void running_sum(Vector<N> &to, const Vector<N> &from) {
+    static_assert(N == 64);
+    if (warp) return;
+    auto cut = [](float g) { return g < -104.0f ? -104.0f : g; };
+    const float first = cut(from[2 * lane]), second = cut(from[2 * lane + 1]);
+    float sum = first + second;
+    for (int step = 1; step < 32; step *= 2) {
+      float before = shuffle(sum, lane >= step ? lane - step : lane);
+      sum += lane >= step ? before : 0.0f;
+    }
+    float before = shuffle(sum, lane ? lane - 1 : 0);
+    before = lane ? before : 0.0f;
+    to[2 * lane] = before + first;
+    to[2 * lane + 1] = before + first + second;
+  }
+
+  // tile = (I + L)^-1, L = acc below the diagonal: blocks of 16 by substitution, then two merges
+  // [[A, 0], [B, C]]^-1 = [[A', 0], [-C' B A', C']].
+  STOKER_DEVICE void unit_lower_inverse(Tile<64, 64> &tile, Acc<64, 64> &acc, Scratch<64> &scratch) {
+    each([&](int r, int c, float &x) { scratch.at[r][c] = c < r ? x : r == c ? 1.0f : 0.0f; }, acc);
+    sync();
+    float column[16];
+    const int base = thread / 16 * 16, c = thread % 16;
+    if (thread < 64) {
+#pragma unroll
+      for (int r = 0; r < 16; ++r) {
+        float x = r == c ? 1.0f : 0.0f;
+#pragma unroll
+        for (int i = 0; i < r; ++i) x -= float(scratch.at[base + r][base + i]) * column[i];
+        column[r] = x;
+      }
+    }
+    sync();
+    if (thread < 64) {
+#pragma unroll
+      for (int r = 0; r < 16; ++r) scratch.at[base + r][base + c] = column[r];
+    }
+    sync();
+    merge<16>(scratch);
+    merge<32>(scratch);
+    for (int i = opaque(thread); i < 64 * 32; i += kThreads) {
+      int r = i / 32, c2 = i % 32 * 2;
+      uint32_t pair = bf16::round(float(scratch.at[r][c2])) | uint32_t(bf16::round(float(scratch.at[r][c2 + 1]))) << 16;
+      shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c2)), pair);
+    }
+    sync();
+  }
+  // Every second pair of blocks of N: B := -C' (B A').
+  template <int N>
+  STOKER_DEVICE void merge(Scratch<64> &s) {
+    constexpr int outputs = 64 / (2 * N) * N * N / kThreads;
+    float sums[outputs];
+    auto each_output = [&](auto f) {
+#pragma unroll
+      for (int o = 0; o < outputs; ++o) {
+        int i = thread + o * kThreads, pair = i / (N * N) * 2 * N;
+        f(sums[o], pair + N + i / N % N, pair + i % N, pair);
+      }
+    };
+    each_output([&](float &sum, int r, int c, int pair) {
+      sum = 0;
+      for (int t = 0; t < N; ++t) sum += float(s.at[r][pair + t]) * float(s.at[pair + t][c]);
+    });
+    sync();
+    each_output([&](float &sum, int r, int c, int) { s.at[r][c] = sum; });
+    sync();
+    each_output([&](float &sum, int r, int c, int pair) {
+      sum = 0;
+      for (int t = 0; t < N; ++t) sum -= float(s.at[r][pair + N + t]) * float(s.at[pair + N + t][c]);
+    });
+    sync();
+    each_output([&](float &sum, int r, int c, int) { s.at[r][c] = sum; });
+    sync();
+  }
+
+  template <int R, int C, class F>
+  STOKER_DEVICE void scale_rows(Tile<R, C> &tile, F factor) {
+    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
+      int r = i / (C / 2), c = i % (C / 2) * 2;
+      float by = factor(r);
+      uint32_t *at = reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair = shared_load(at);
+      float first = bf16::from_bits(pair << 16) * by, second = bf16::from_bits(pair & 0xffff0000u) * by;
+      shared_store(at, bf16::round(first) | uint32_t(bf16::round(second)) << 16);
+    }
+  }
+  template <int R, int C>
+  STOKER_DEVICE void load_state(Acc<R, C> &acc, const float *from, int64_t stride) {
+    each([&](int r, int c, float &x) { x = from ? from[r * stride + c] : 0.0f; }, acc);
+  }
+  template <int R, int C>
+  STOKER_DEVICE void store_state(float *to, int64_t stride, Acc<R, C> &acc) {
+    each([&](int r, int c, float &x) { to[r * stride + c] = x; }, acc);
+  }
+
+  STOKER_DEVICE float exp(float x) { return exponential2(x * 1.44269504088896341f); }
+};
+
+}  // namespace STOKER_ISA
+}  // namespace stoker

@@ -1,0 +1,49 @@
+// What the kernels of both delta rules share beside their programs.
+#pragma once
+
+#include "native/block_exec.h"
+#include "native/delta_chunk.h"
+
+namespace stoker {
+namespace STOKER_ISA {
+
+// The chunk in a slot; false where no segment uses it.
+STOKER_DEVICE bool rows_of_slot(const DeltaParams &p, int slot, Rows &rows) {
+  int low = 0, high = p.num_segments;  // low: the last segment whose first slot is not beyond this one
+  while (high - low > 1) {
+    int middle = (low + high) / 2;
+    (first_slot(p.cu_seqlens, middle) <= slot ? low : high) = middle;
+  }
+  const int chunk = slot - first_slot(p.cu_seqlens, low);
+  if (chunk >= chunks_of(p, low)) return false;
+  rows = rows_of(p, low, chunk);
+  return true;
+}
+
+// dq and dk [N, Hk, K] from [N, Hk * group, K]: sums in the order of the group, one thread an element.
+STOKER_DEVICE void sum_heads(bf16 *dq, const bf16 *parts_q, bf16 *dk, const bf16 *parts_k, const DeltaParams &p,
+                             int group) {
+  const int K = p.key_dim;
+  const int64_t i = int64_t(block_x()) * kThreads + thread_index();
+  if (i >= int64_t(p.num_tokens) * p.num_qk_heads * K) return;
+  float q = 0, k = 0;
+  for (int j = 0; j < group; ++j) {
+    const int64_t from = (i / K * group + j) * K + i % K;
+    q += float(parts_q[from]);
+    k += float(parts_k[from]);
+  }
+  dq[i] = bf16(q);
+  dk[i] = bf16(k);
+}
+inline int sum_heads_blocks(const DeltaParams &p) {
+  return int(ceil_div(int64_t(p.num_tokens) * p.num_qk_heads * p.key_dim, int64_t(kThreads)));
+}
+
+// Value columns a block works on: narrow where wide ones would leave multiprocessors idle (132 on an H200).
+inline int value_block(const DeltaParams &p) {
+  const bool narrow = p.value_dim % 128 || int64_t(p.num_segments) * p.num_v_heads * (p.value_dim / 128) <= 66;
+  return narrow ? 64 : 128;
+}
+
+}  // namespace STOKER_ISA
+}  // namespace stoker

@@ -1,0 +1,40 @@
+// A delta rule's tile programs over the heads and segments of a batch, on the host.
+#pragma once
+
+#include "native/delta_params.h"
+#include "native/host_entry.h"
+#include "native/host_exec.h"
+
+namespace stoker {
+namespace STOKER_ISA {
+
+// Value heads [begin, end).
+template <class Program>
+int forward_heads(const DeltaParams &p, int begin, int end) {
+  Scratchpad<typename Program::Shared> shared;
+  typename Program::Executor x;
+  for (int head = begin; head < end; ++head)
+    for (int segment = 0; segment < p.num_segments; ++segment) Program::run(x, *shared, p, segment, head, 0);
+  return 0;
+}
+
+// Query-key heads [begin, end): the value heads of one add up their dq and dk in order.
+template <class Program>
+int backward_heads(const DeltaParams &p, int begin, int end) {
+  using Element = typename Program::Element;
+  using Real = typename Program::Real;
+  Scratchpad<typename Program::Shared> shared;
+  typename Program::Executor x;
+  const int group = p.num_v_heads / p.num_qk_heads, gates = Program::gates(p);
+  for (int head = begin * group; head < end * group; ++head)
+    for (int segment = 0; segment < p.num_segments; ++segment) {
+      const int64_t at = int64_t(head / group) * p.key_dim;
+      Program::run(x, *shared, p, segment, head, 0,
+                   {(Element *)p.dq + at, (Element *)p.dk + at, (Real *)p.dg + head * gates, (Real *)p.dbeta + head,
+                    int64_t(p.num_qk_heads) * p.key_dim, p.num_v_heads, head % group != 0});
+    }
+  return 0;
+}
+
+}  // namespace STOKER_ISA
+}  // namespace stoker

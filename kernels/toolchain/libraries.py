@@ -1,0 +1,124 @@
+"""The compiled libraries of this process: found or built at first use, loaded once, or a reason why not."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from kernels.toolchain import build as builder
+from kernels.toolchain.build import HOST, SIMT
+from kernels.toolchain.cache import Entry, find_built_elsewhere
+from kernels.toolchain.library import Library
+from kernels.toolchain.report import BuildReport
+from kernels.toolchain.sources import HOME
+from kernels.toolchain.tools import ARCHITECTURES, Unavailable, cuda_toolkit, host_compiler
+from stoker.errors import Refusal
+
+logger = logging.getLogger(__name__)
+
+
+def host_library() -> Library | None:
+    """The kernels compiled for this machine's processor; None if they cannot be had here, and `why_not` says why.
+
+    Refusal if they should be there and are not right: a source that does not compile, a cache that cannot be written.
+    """
+    return _library(HOST)
+
+
+def cuda_library(arch: str | None = None) -> Library | None:
+    """The kernels compiled for a GPU architecture, or for the devices of this machine; it loads without a driver too.
+
+    None and Refusal as for `host_library`.
+    """
+    return _library(arch or "cuda")
+
+
+def emulated_library() -> Library | None:
+    """The CUDA sources compiled for this machine's processor, their thread blocks emulated: to check them, not to run.
+
+    None and Refusal as for `host_library`.
+    """
+    return _library(SIMT)
+
+
+def why_not(target: str = HOST) -> str:
+    """The reason why there is no library; empty if there is one.
+
+    `target`: "host", "simt" (emulated), an architecture, or "cuda" (that of this machine's devices).
+    """
+    found = _attempt(target)
+    return found if isinstance(found, str) else ""
+
+
+def build_all(archs: Sequence[str] = tuple(ARCHITECTURES), home: Path = HOME) -> list[BuildReport]:
+    """Find or build the host library and one for each architecture. Refusal as above."""
+    return [_report(target, home) for target in (HOST, *archs)]
+
+
+def obtain(target: str, home: Path = HOME) -> Entry:
+    """The library's file. Unavailable if it cannot be had here; where there is no compiler, one that another machine
+    left in the cache from the same sources will do."""
+    if target not in (HOST, SIMT, *ARCHITECTURES):
+        raise Refusal(f"kernels are not built for {target!r}: choose from {', '.join(ARCHITECTURES)}")
+    recipe = builder.recipe(target, home)
+    try:
+        tools = host_compiler() if target in (HOST, SIMT) else cuda_toolkit(target)
+    except Unavailable as missing:
+        entry = find_built_elsewhere(recipe.contents)
+        if entry is None:
+            raise
+        logger.info("%s kernels: %s; %s was built by %s", target, missing, entry.library, entry.record["tools"])
+        return entry
+    return builder.build(recipe, tools)
+
+
+def _library(target: str) -> Library | None:
+    found = _attempt(target)
+    return found if isinstance(found, Library) else None
+
+
+@cache
+def _attempt(target: str) -> Library | str:
+    if os.environ.get("STOKER_NATIVE") == "0":
+        return "STOKER_NATIVE=0"
+    try:
+        entry = obtain(_device_architecture() if target == "cuda" else target)
+    except Unavailable as missing:
+        return str(missing)
+    for warning in BuildReport.of(entry).warnings:
+        logger.warning("%s kernels: %s", entry.record["target"], warning)
+    return Library(entry.library, entry.record["target"])
+
+
+def _report(target: str, home: Path) -> BuildReport:
+    try:
+        return BuildReport.of(obtain(target, home), look=True)
+    except Unavailable as missing:
+        return BuildReport(target, None, reason=str(missing))
+
+
+def _device_architecture() -> str:
+    """Of this machine's first device. NVML is asked: the CUDA runtime, once started, does not survive a fork."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        raise Unavailable("no NVIDIA driver") from None
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device))
+        or nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    )
+    if failed:
+        raise Unavailable(f"no CUDA device (NVML error {failed})")
+    capability = (major.value, minor.value)
+    for arch, known in ARCHITECTURES.items():
+        if capability in known.capabilities:
+            return arch
+    raise Unavailable(
+        f"device of compute capability {capability[0]}.{capability[1]}: kernels are built for 9.0 and 10.x"
+    )

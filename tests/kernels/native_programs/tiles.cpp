@@ -1,0 +1,217 @@
+// The operations of the executors, each as a tile program of its own, over plain row-major arrays: run by the emulated
+// thread block, and by the host in float, double and with bfloat16 tiles.
+#include "native/abi.h"
+#include "native/block_exec.h"
+#include "native/host_entry.h"
+#include "native/host_exec.h"
+#include "native/launch.h"
+
+using namespace stoker;
+using namespace stoker::STOKER_ISA;
+
+namespace {
+
+struct Arrays {
+  const void *a, *b;  // operands, in the executor's elements
+  const void *x;      // numbers, in its reals
+  void *out, *tile;   // results in reals and in elements
+  int rows;
+};
+
+// out [R, C] += op(a) op(b), and rounded to the tile.
+template <class X, bool TransA, bool TransB, int R, int C, int Inner>
+struct Product {
+  using Executor = X;
+  struct Shared {
+    typename X::template Tile<TransA ? Inner : R, TransA ? R : Inner> a;
+    typename X::template Tile<TransB ? C : Inner, TransB ? Inner : C> b;
+    typename X::template Tile<R, C> rounded;
+  };
+  static void run(X &x, Shared &s, const Arrays &p) {
+    using Element = typename X::Element;
+    using Real = typename X::Real;
+    typename X::template Acc<R, C> acc;
+    x.load(s.a, (const Element *)p.a, TransA ? R : Inner, TransA ? Inner : R);
+    x.load(s.b, (const Element *)p.b, TransB ? Inner : C, TransB ? C : Inner);
+    x.load_state(acc, (const Real *)p.out, C);
+    x.wait_loads();
+    x.sync();
+    x.template product<TransA, TransB>(acc, s.a, s.b);
+    x.finish(acc);
+    x.store_state((Real *)p.out, C, acc);
+    x.put(s.rounded, acc);
+    x.sync();
+    x.store((Element *)p.tile, C, R, s.rounded);
+  }
+};
+
+// The first `rows` rows of a [64, 136], row r times r, to those of tile [64, 136]; out [64, 128]: all rows as loaded.
+template <class X>
+struct Ragged {
+  using Executor = X;
+  struct Shared {
+    typename X::template Tile<64, 128> tile;
+  };
+  static void run(X &x, Shared &s, const Arrays &p) {
+    using Real = typename X::Real;
+    typename X::template Acc<64, 128> acc;
+    x.load(s.tile, (const typename X::Element *)p.a, 136, p.rows);
+    x.wait_loads();
+    x.sync();
+    x.each([&](int r, int c, Real &a) { a = s.tile(r, c); }, acc);
+    x.store_state((Real *)p.out, 128, acc);
+    x.sync();
+    x.scale_rows(s.tile, [](int r) { return Real(r); });
+    x.sync();
+    x.store((typename X::Element *)p.tile, 136, p.rows, s.tile);
+  }
+};
+
+// Of x [64, 64]: out [5, 64] = sums of the rows, of the columns, of all (first of its row), passing sums, and running
+// sums of x's first `rows` numbers.
+template <class X>
+struct Sums {
+  using Executor = X;
+  using Real = typename X::Real;
+  struct Shared {
+    typename X::template RowSums<64> rows;
+    typename X::template ColumnSums<64> columns;
+    typename X::Total total;
+    typename X::template Vector<64> passing, numbers;
+    typename X::template Vector<64, typename X::Wide> running;
+    typename X::template Scratch<64> scratch;
+  };
+  static void run(X &x, Shared &s, const Arrays &p) {
+    typename X::template Acc<64, 64> acc;
+    x.load_state(acc, (const Real *)p.x, 64);
+    x.load_vector(s.numbers, (const Real *)p.x, 1, p.rows);
+    x.rows(64, [&](int i) {
+      for (auto &part : s.rows.part) part[i] = 0;
+      for (auto &part : s.columns.part) part[i] = 0;
+      s.passing[i] = 0;
+      if (i < s.total.parts) s.total.part[i] = 0;
+    });
+    x.wait_loads();
+    x.sync();
+    x.row_sums(s.rows, [](int, int, Real a) { return a; }, acc);
+    x.column_sums(s.columns, acc);
+    x.total(s.total, [](int, int, Real a) { return a; }, acc);
+    x.running_sum(s.running, s.numbers);
+    x.sync();
+    x.passing_sums(s.passing, acc, s.scratch);
+    x.sync();
+    Real *out = (Real *)p.out;
+    x.rows(64, [&](int i) {
+      Real row = 0, column = 0, total = 0;
+      for (auto &part : s.rows.part) row += part[i];
+      for (auto &part : s.columns.part) column += part[i];
+      for (int j = 0; j < s.total.parts; ++j) total += s.total.part[j];
+      out[i] = row;
+      out[64 + i] = column;
+      out[128 + i] = total;
+      out[192 + i] = s.passing[i];
+      out[256 + i] = Real(s.running[i]);
+    });
+  }
+};
+
+// tile [64, 64] = (I + the part of x [64, 64] below the diagonal)^-1.
+template <class X>
+struct Inverse {
+  using Executor = X;
+  struct Shared {
+    typename X::template Tile<64, 64> tile;
+    typename X::template Scratch<64> scratch;
+  };
+  static void run(X &x, Shared &s, const Arrays &p) {
+    typename X::template Acc<64, 64> acc;
+    x.load_state(acc, (const typename X::Real *)p.x, 64);
+    x.unit_lower_inverse(s.tile, acc, s.scratch);
+    x.sync();
+    x.store((typename X::Element *)p.tile, 64, 64, s.tile);
+  }
+};
+
+// out [3, 64, C]: running, suffix and prefix sums down the columns of the first `rows` rows of x [64, C].
+template <class X, int C>
+struct Planes {
+  using Executor = X;
+  using Real = typename X::Real;
+  struct Shared {
+    typename X::template Plane<64, C> plane;
+  };
+  template <class Operation>
+  static void one(X &x, Shared &s, const Arrays &p, Real *out, Operation operation) {
+    x.load_plane(s.plane, (const Real *)p.x, C, p.rows);
+    x.wait_loads();
+    x.sync();
+    operation();
+    x.sync();
+    x.template cells<C>(64, [&](int r, int c) { out[r * C + c] = s.plane(r, c); });
+    x.sync();
+  }
+  static void run(X &x, Shared &s, const Arrays &p) {
+    Real *out = (Real *)p.out;
+    one(x, s, p, out, [&] { x.running_sums(s.plane); });
+    one(x, s, p, out + 64 * C, [&] { x.suffix_sums(s.plane); });
+    one(x, s, p, out + 2 * 64 * C, [&] { x.prefix_sums(s.plane); });
+  }
+};
+
+template <class Program>
+void kernel(Arrays p) {
+  typename Program::Executor x;
+  Program::run(x, shared_memory<typename Program::Shared>(), p);
+}
+template <class Program>
+int launched(const Arrays &p) {
+  if constexpr (std::is_same_v<typename Program::Executor, BlockExec>) {
+    return launch("tiles", kernel<Program>, 1, 1, kThreads, sizeof(typename Program::Shared), (void *)5, p);
+  } else {
+    Scratchpad<typename Program::Shared> shared;
+    memset(&*shared, 0xff, sizeof(typename Program::Shared));
+    typename Program::Executor x;
+    Program::run(x, *shared, p);
+    return 0;
+  }
+}
+
+// 0-3: products [64, 128] over 64, with bits 0 and 1 for the transposed operand; 4-7: [128, 64] over 128.
+template <class X>
+int run(int operation, const Arrays &p) {
+  switch (operation) {
+    case 0: return launched<Product<X, false, false, 64, 128, 64>>(p);
+    case 1: return launched<Product<X, true, false, 64, 128, 64>>(p);
+    case 2: return launched<Product<X, false, true, 64, 128, 64>>(p);
+    case 3: return launched<Product<X, true, true, 64, 128, 64>>(p);
+    case 4: return launched<Product<X, false, false, 128, 64, 128>>(p);
+    case 5: return launched<Product<X, true, false, 128, 64, 128>>(p);
+    case 6: return launched<Product<X, false, true, 128, 64, 128>>(p);
+    case 7: return launched<Product<X, true, true, 128, 64, 128>>(p);
+    case 8: return launched<Ragged<X>>(p);
+    case 9: return launched<Sums<X>>(p);
+    case 10: return launched<Inverse<X>>(p);
+    case 11: return launched<Planes<X, 64>>(p);
+    case 12: return launched<Planes<X, 128>>(p);
+  }
+  return kUnsupported;
+}
+
+}  // namespace
+
+STOKER_EXPORT int run_block(int operation, const Arrays *p) { return run<BlockExec>(operation, *p); }
+STOKER_EXPORT int run_float(int operation, const Arrays *p) { return run<HostExec<float>>(operation, *p); }
+STOKER_EXPORT int run_double(int operation, const Arrays *p) { return run<HostExec<double>>(operation, *p); }
+STOKER_EXPORT int run_bf16(int operation, const Arrays *p) { return run<HostExec<bf16>>(operation, *p); }
+
+// index [R, C] of every element of a tile in shared memory.
+STOKER_EXPORT void tile_indices(int rows, int columns, int32_t *index) {
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < columns; ++c) {
+      int32_t &at = index[r * columns + c];
+      if (rows == 64 && columns == 64) at = BlockExec::Tile<64, 64>::index(r, c);
+      if (rows == 64 && columns == 128) at = BlockExec::Tile<64, 128>::index(r, c);
+      if (rows == 128 && columns == 64) at = BlockExec::Tile<128, 64>::index(r, c);
+      if (rows == 128 && columns == 128) at = BlockExec::Tile<128, 128>::index(r, c);
+    }
+}
