@@ -127,13 +127,15 @@ def compare_tokenizer(folder: Path, ours: TokenizerId) -> str:
 
 def refuse_other_model(ours: Any, theirs: Any, folder: Path, where: str = "model") -> None:
     """Raise Refusal naming the first field in which two specs differ. How a model is trained may differ: first values,
-    and a router's balance."""
+    and a router's balance; but a bias that theirs was trained with is not to be dropped."""
     free = {"init_std", "bias_update_rate", "balance_loss", "z_loss"}
     if type(ours) is not type(theirs):
         raise Refusal(f"{where}: the configuration has {type(ours).__name__}, {folder} has {type(theirs).__name__}")
     for field in fields(ours):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         name = f"{where}.{field.name}"
+        if field.name == "bias_update_rate" and mine is None and other is not None:
+            raise Refusal(f"{name}: {folder} has router biases, the configuration has none; set {field.name}, 0 to fix them")
         if field.name in free or mine == other:
             continue
         if isinstance(mine, tuple) and len(mine) == len(other):

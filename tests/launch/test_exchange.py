@@ -10,18 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 from dataio.types import TokenizerId
-from launch.exchange import compare_tokenizer, fill
+from launch.exchange import compare_tokenizer, fill, refuse_other_model
 from parallel.planning.layout import Flat, Layout, Split
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import load
 from pretrain.exchange import hf
 from pretrain.rundir import committed_steps
+from pretrain.spec import MoE
 from stoker.errors import Refusal
 from tests.checkpoint.state import part, plan
 from tests.launch import jobs
 from tests.launch.tiny import tiny, trained
 from tests.parity.pool import Pool
 
+#: Layers that transformers' family has.
+QWEN3_NEXT = ("gated_delta/dense", "attention/moe")
 #: A short run of a model as qwen3_next has it.
 OVERRIDES = [
     "run.steps=3",
@@ -33,7 +36,7 @@ OVERRIDES = [
 
 
 def test_a_hugging_face_folder_goes_through_a_run_and_back(pool: Pool, tmp_path: Path) -> None:
-    path = str(tiny(tmp_path))
+    path = str(tiny(tmp_path, QWEN3_NEXT))
     spec = load(path, OVERRIDES).model_spec()
     random = torch.Generator().manual_seed(0)
     params = {
@@ -67,7 +70,7 @@ def test_a_hugging_face_folder_goes_through_a_run_and_back(pool: Pool, tmp_path:
 
 def test_masters_of_a_bfloat16_run_take_the_values_of_the_folder_unrounded(pool: Pool, tmp_path: Path) -> None:
     overrides = [*OVERRIDES, "run.dtype=bfloat16"]
-    path = str(tiny(tmp_path))
+    path = str(tiny(tmp_path, QWEN3_NEXT))
     spec = load(path, overrides).model_spec()
     random = torch.Generator().manual_seed(0)
     params = {name: torch.randn(p.shape, generator=random) for name, p in spec.parameters().items() if p.trained}
@@ -107,3 +110,10 @@ def test_a_tokenizer_that_is_not_the_stores_is_refused_and_its_absence_is_said(t
     (tmp_path / "tokenizer.json").write_bytes(b"{ }")
     with pytest.raises(Refusal, match=r"tokenizer\.json .* is not the tokenizer of the stores"):
         compare_tokenizer(tmp_path, ours)
+
+
+def test_a_configuration_without_router_biases_refuses_weights_that_were_trained_with_them(tmp_path: Path) -> None:
+    with_biases, without = MoE(4, 2, 16), MoE(4, 2, 16, bias_update_rate=None)
+    refuse_other_model(with_biases, without, tmp_path)
+    with pytest.raises(Refusal, match="router biases"):
+        refuse_other_model(without, with_biases, tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ CONFIG: Mapping[str, Any] = {
     "model": {
         "width": 16,
         "vocab_size": 257,
-        "layers": ["gated_delta/dense", "attention/moe"],
+        "layers": ["gated_delta/dense", "kda/dense", "attention/moe"],
         "gated_delta": {"num_qk_heads": 2, "num_v_heads": 2, "key_dim": 8, "value_dim": 8},
+        "kda": {"num_heads": 2, "key_dim": 8, "value_dim": 8, "gate_rank": 4},
         "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8},
         "dense": {"hidden": 24},
         "moe": {"num_experts": 4, "top_k": 2, "hidden": 16},
@@ -26,13 +27,15 @@ CONFIG: Mapping[str, Any] = {
 }
 
 
-def tiny(folder: Path, **run: Any) -> Path:
+def tiny(folder: Path, layers: Sequence[str] = CONFIG["model"]["layers"], **run: Any) -> Path:
     """A configuration in ``folder``, with its stores beside it; returns its path. ``run``: keys of the run section."""
     if not (folder / "train").exists():
         random_store(folder / "train", 6000, seed=1, source="train", masked_share=0.2)
         random_store(folder / "heldout", 900, seed=2, source="heldout")
+    used = {"width", "vocab_size", *(part for layer in layers for part in layer.split("/"))}
     values = {
         **CONFIG,
+        "model": {key: value for key, value in CONFIG["model"].items() if key in used} | {"layers": list(layers)},
         "run": {"name": "tiny", "dir": str(folder / "runs"), "steps": 8, "dtype": "float64", **run},
         "data": {"blend": {str(folder / "train"): 1}, "heldout": {"text": str(folder / "heldout")}, "seq_len": 32},
         "checkpoint": {"every": 3},
