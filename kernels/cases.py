@@ -130,6 +130,24 @@ def _epilogue_cases(dtype: torch.dtype, short: bool) -> Iterator[Case]:
             yield Case("epilogue", f"{activation}, V={V}", epilogue, inputs, constants, ("y",), (V,))
 
 
+def layer_cases(
+    op: str, heads: tuple[int, int], dims: tuple[int, int], width: int, dtype: torch.dtype
+) -> Iterator[Case]:
+    """A few tokens through a layer's operators, at the layer's head dims and fewer of its heads (2 value heads a key head
+    at most): ``op`` is gated_delta or kda, ``width`` the taps of its convolution."""
+    per_channel, lengths = op == "kda", [65, 1, 30]
+    Hk, Hv = 1, 2 if heads[0] < heads[1] else 1
+    constants: dict[str, Any] = {"cu_seqlens": cu_seqlens_of(lengths)}
+    delta = gated_delta_inputs(lengths, (Hk, Hv), dims, dtype, "extreme", per_channel=per_channel)
+    yield Case(op, "the model's", kda if per_channel else gated_delta, delta, constants, ("o", "final_state"), dims)
+    pro = prologue_inputs(lengths, (Hk, Hv), dims, dtype, width, per_channel=per_channel)
+    outputs = ("q", "k", "v", "g", "beta")
+    yield Case("prologue", "the model's", prologue, pro, {**constants, "num_qk_heads": Hk}, outputs, (*dims, width))
+    activation = "sigmoid" if per_channel else "silu"
+    epi = epilogue_inputs(sum(lengths), Hv, dims[1], dtype)
+    yield Case("epilogue", "the model's", epilogue, epi, {"eps": 1e-6, "activation": activation}, ("y",), dims[1:])
+
+
 #: One function per operator: (dtype, short) -> its cases.
 CASES: tuple[Callable[[torch.dtype, bool], Iterator[Case]], ...] = (
     partial(_delta_cases, "gated_delta", gated_delta, False),

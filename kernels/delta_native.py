@@ -7,16 +7,15 @@ heads are shared out over torch's threads. Nothing here reads a tensor's content
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import delta_op, toolchain
+from kernels.native_rows import in_threads
 from kernels.precision import compute_dtype
 from kernels.registry import Implementation
 from kernels.segments import segment_bounds
@@ -136,7 +135,7 @@ def _forward(
     (N, Hv, V), K, S = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
     real, element = compute_dtype(q.dtype), workspace_dtype(q.dtype)
     q_, k_, v_ = (_rows(x.to(element)) for x in (q, k, v))
-    g_, beta_ = (x.to(real).contiguous() for x in (g, beta))
+    g_, beta_ = (_aligned(x.to(real)) for x in (g, beta))
     cu = cu_seqlens.to(torch.int32).contiguous()
     initial = None if initial_state is None else initial_state.to(real).contiguous()
     o, final = v_.new_empty(N, Hv, V), v.new_empty((S, Hv, K, V), dtype=real)
@@ -168,7 +167,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     real, element = compute_dtype(q.dtype), workspace_dtype(q.dtype)
     q_, k_, v_, do_ = (_rows(x.to(element)) for x in (q, k, v, do))
-    g_, beta_, dfinal_ = (x.to(real).contiguous() for x in (g, beta, dfinal))
+    g_, beta_, dfinal_ = (_aligned(x.to(real)) for x in (g, beta, dfinal))
     cu = cu_seqlens.to(torch.int32).contiguous()
     dq, dk, dv = (x.new_empty(x.shape, dtype=element) for x in (q, k, v))
     dg, dbeta, dinitial = (x.new_empty(x.shape, dtype=real) for x in (g, beta, dfinal))
@@ -180,6 +179,12 @@ def _backward(
     grads = zip((dq, dk, dv, dg, dbeta), (q, k, v, g, beta), strict=True)
     dq, dk, dv, dg, dbeta = (grad.to(x.dtype) for grad, x in grads)
     return dq, dk, dv, dg, dbeta, dinitial
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -223,23 +228,7 @@ def _run_heads(function: str, params: DeltaParams, back: bool) -> None:
     assert library is not None
     run = library.function(function, DeltaParams, *[ctypes.c_int] * 3)
     heads = params.num_qk_heads if back else params.num_v_heads
-    _in_threads(heads, lambda begin, end: run(params, back, begin, end))
-
-
-def _in_threads(count: int, work: Callable[[int, int], None]) -> None:
-    """``work(begin, end)`` over equal parts of ``count``, one for each of torch's threads."""
-    parts = min(torch.get_num_threads(), count)
-    ranges = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-    if parts == 1:
-        work(*ranges[0])
-    elif parts:
-        list(_pool(os.getpid(), parts).map(lambda part: work(*part), ranges))
-
-
-@cache
-def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork."""
-    return ThreadPoolExecutor(threads, "stoker-kernels")
+    in_threads(heads, lambda begin, end: run(params, back, begin, end))
 
 
 def _run_cuda(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:

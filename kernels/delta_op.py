@@ -84,10 +84,16 @@ def torch_operator(
         if not save:
             raise RuntimeError(f"{name}: save=False, yet a gradient is asked for; call kernels.delta_op.run")
         ctx.save_for_backward(*tensors, *output[2:])
+        ctx.set_materialize_grads(False)  # or every backward would fill cotangents of the workspaces with zeros
         ctx.scale = scale
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
-    def gradients(ctx: Any, do: Tensor, dfinal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        q, _, v, _, _, cu_seqlens, *_ = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else do
+        if dfinal is None:
+            shape = (cu_seqlens.shape[0] - 1, v.shape[1], q.shape[2], v.shape[2])
+            dfinal = q.new_zeros(shape, dtype=compute_dtype(q.dtype))
         *grads, dinitial = operator_backward(do, dfinal, *ctx.saved_tensors, ctx.scale)
         return *grads, None, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
 
@@ -141,5 +147,7 @@ def check_shapes(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise Refusal(f"{op}: {name} has shape {tuple(tensor.shape)}, v and k ask for {shape}")
-    if Hv % Hk:
+    if Hk == 0 or Hv % Hk:
         raise Refusal(f"{op}: {Hv} value heads are not a multiple of {Hk} query-key heads")
+    if cu_seqlens.shape[0] < 2:
+        raise Refusal(f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries, the start of a segment and its end are two")

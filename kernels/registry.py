@@ -7,6 +7,7 @@ is taken, so operators register the fastest first and the reference last.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ def operators() -> list[str]:
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Implementation:
     """The implementation to run; says which, once per operator, device and dtype. Can be traced by torch.compile."""
-    chosen = _named(op, _forced.get(op) or _preferred(op, device.type, dtype, shape))
+    sizes = tuple(map(operator.index, shape))  # a size that torch.compile took for a variable is a number from here on
+    chosen = _named(op, _forced.get(op) or _preferred(op, device.type, dtype, sizes))
     _announce(op, device.type, str(dtype), chosen.name, chosen.cost.get(device.type, ""))
     return chosen
 
@@ -77,6 +79,13 @@ def force(op: str, name: str) -> Iterator[None]:
             del _forced[op]
         else:
             _forced[op] = before
+
+
+def prefer(choices: Mapping[str, str]) -> None:
+    """From now on run these: {operator: implementation}. Refusal if there is no such operator or implementation."""
+    for op, name in choices.items():
+        _named(op, name)
+    _forced.update(choices)
 
 
 @torch.compiler.assume_constant_result

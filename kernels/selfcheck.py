@@ -41,10 +41,11 @@ def check(short: bool = False, device: str | None = None) -> list[Row]:
     if short:
         dtypes = [torch.bfloat16] if at.type == "cuda" else [torch.float32]
     every = ((dtype, case) for dtype in dtypes for cases in CASES for case in cases(dtype, short))
-    return [row for dtype, case in every for row in _compare(case, dtype, at)]
+    return [row for dtype, case in every for row in compare(case, dtype, at)]
 
 
-def _compare(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+def compare(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """A row for every output and gradient of a case."""
     actual = outputs_and_gradients(case, {name: x.to(device) for name, x in case.inputs.items()})
     with registry.force(case.op, "reference"):
         expected = outputs_and_gradients(case, {name: x.double() for name, x in case.inputs.items()})

@@ -107,11 +107,12 @@ def report(run: RunDir) -> None:
 def bench(
     what: Annotated[Literal["kernels", "train", "data", "checkpoint"], typer.Argument()],
     save: Annotated[bool, typer.Option("--save", help="Also write the table to docs/measurements.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="kernels: the shapes that have a target, no others.")] = False,
 ) -> None:
     """Ours against peers and the physical limit, in one run, as ratios."""
     from launch.commands_bench import bench
 
-    bench(what, save)
+    bench(what, save, quick)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,9 +30,11 @@ MEASUREMENTS = Path("docs/measurements")
 PACKAGES = ("torch", "megatron-core", "numba", "transformers")
 
 
-def bench(what: str, save: bool = False) -> None:
-    """Print one line a row; with ``save`` also write ``docs/measurements/bench-<what>.md``. Refuses what cannot be
-    measured yet, and to save outside of a checkout."""
+def bench(what: str, save: bool = False, quick: bool = False) -> None:
+    """Print one line a row; with ``save`` also write ``docs/measurements/bench-<what>.md`` (on a GPU its name is added).
+    Refuses what cannot be measured yet, and to save outside of a checkout. ``quick``: fewer shapes of the kernels."""
+    if quick and what != "kernels":
+        raise Refusal(f"bench {what} has no --quick: it is for the kernels, whose shapes are many")
     if find_spec(MODULES[what]) is None:
         built = ", ".join(name for name, module in MODULES.items() if find_spec(module))
         raise Refusal(f"bench {what} is not built yet; there is {built or 'none'}")
@@ -43,16 +45,24 @@ def bench(what: str, save: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = [_texts(row) for row in import_module(MODULES[what]).run()]
+    run = import_module(MODULES[what]).run
+    rows = [_texts(row) for row in (run(quick=True) if quick else run())]
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)
     if save:
-        path = MEASUREMENTS / f"bench-{what}.md"
+        path = MEASUREMENTS / f"bench-{'-'.join([what, *_gpu()])}.md"
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, page(what, rows))
         print(path)
+
+
+def _gpu() -> list[str]:
+    """Name of this machine's first GPU as part of a file's name; nothing without one."""
+    import torch
+
+    return [torch.cuda.get_device_name().replace(" ", "-")] if torch.cuda.is_available() else []
 
 
 def page(what: str, rows: Sequence[dict[str, str]]) -> str:

@@ -33,6 +33,8 @@ class RunSection(Section):
     """Trajectory keys that may differ from the run so far, by name or by section: [train.lr, train.schedule]."""
     deterministic: Operational[bool] = True
     """Bit-equal repetition on one layout; on CUDA it costs speed and asserts its preconditions."""
+    kernels: Trajectory[dict[str, str]] = Field(default={})
+    """Implementations to run instead of the fastest: {operator: name}, as python -m kernels.selfcheck names them."""
     gc_every: Operational[Count | None] = None
     """Steps between collections of Python's garbage, all ranks together; null: Python decides."""
 

@@ -80,16 +80,19 @@ def validate(config: RunConfig, world: World, announce: Callable[[str], None] = 
 
 
 def _validate_device(config: RunConfig, world: World) -> None:
-    """Refuse a rank without a device of its own, and deterministic mode where it cannot be kept."""
+    """Refuse a rank without a device of its own, deterministic mode where it cannot be kept, and wrong kernels."""
     import torch
 
     from pretrain import determinism
+    from pretrain.kernel_check import check_kernels
 
     devices = torch.cuda.device_count()
     if devices and world.local_rank >= devices:
         raise Refusal(f"rank {world.rank} is number {world.local_rank} on its node, which has {devices} CUDA devices")
     if config.run.deterministic:
         determinism.check(has_cuda=devices > 0)
+    device = torch.device("cuda", world.local_rank) if devices else torch.device("cpu")
+    check_kernels(config.model_spec(), getattr(torch, config.run.dtype), device, config.run.kernels)
 
 
 def _attempt(config: RunConfig, world: World, start: Start | None) -> int:

@@ -22,6 +22,7 @@ from pretrain.evaluate import Evaluator
 from pretrain.events import StepEvent, Timing
 from pretrain.feed import Feed
 from pretrain.health import StepReport, Verdict
+from pretrain.kernel_check import used_kernels
 from pretrain.rundir import CHECKPOINTS, attempt_path
 from pretrain.sinks import Sinks, open_sinks
 from pretrain.trainer import Trainer, load_imbalance
@@ -67,6 +68,8 @@ class Session:
             self.trainer, open_heldout(config), config.data.seq_len, config.eval.windows, self.tokenizer
         )
         self._threads = self._most_threads()
+        device = next(iter(tensor for _, _, tensor in self.trainer.tensors())).device
+        self._kernels = used_kernels(self.spec, getattr(torch, config.run.dtype), device)
         self.preemption_asked = False
         self._clock = 0.0
         self._sinks: Sinks | None = None
@@ -87,6 +90,11 @@ class Session:
             self._say(
                 f"the checkpoint was written by ranks of {self._resumed['threads']} threads and these have "
                 f"{self._threads}: sums on the CPU are rounded otherwise, and the curve is not the same to the last bit"
+            )
+        if self.first_step and (before := self._resumed.get("kernels", self._kernels)) != self._kernels:
+            self._say(
+                f"the checkpoint was written with the kernels {before} and these are {self._kernels}: they round "
+                "otherwise, and the curve is not the same to the last bit"
             )
         self._clock = time.perf_counter()
         return self
@@ -196,6 +204,7 @@ class Session:
             "config": self.config.masked().resolved(),
             "plan": self.groups.plan.to_dict(),
             "threads": self._threads,
+            "kernels": self._kernels,
             "eos_id": next(iter(self.stores.values())).tokenizer.eos_id,
         }
         files = {TOKENIZER: self.tokenizer} if self.tokenizer is not None else {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kernels import registry
+from kernels.decode import native
 from kernels.decode.chunked import decode_chunked
 from kernels.decode.reference import decode_reference
 from stoker.errors import Refusal
@@ -56,28 +59,34 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
         raise Refusal(f"decode: {Hv} value heads are not a multiple of {Hk} query-key heads")
 
 
-@torch.library.custom_op("stoker::decode_chunked", mutates_args=("state",))
-def _decode_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    slots: Tensor | None,
-    scale: float,
-) -> Tensor:
-    if slots is not None and slots.device.type == "cpu":
-        used = slots.tolist()
-        if len(set(used)) < len(used) or not all(0 <= slot < len(state) for slot in used):
-            raise Refusal(f"decode: slots {used} must be different places of a pool of {len(state)} states")
-    return decode_chunked(q, k, v, g, beta, state, slots, scale)
+def torch_operator(name: str, run: Callable[..., Tensor]) -> torch.library.CustomOpDef:
+    """Registers ``stoker::<name>`` with its fake. ``run`` has the signature of ``decode_chunked``."""
+
+    @torch.library.custom_op(f"stoker::{name}", mutates_args=("state",))
+    def operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        slots: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        if slots is not None and slots.device.type == "cpu":
+            used = slots.tolist()
+            if len(set(used)) < len(used) or not all(0 <= slot < len(state) for slot in used):
+                raise Refusal(f"decode: slots {used} must be different places of a pool of {len(state)} states")
+        return run(q, k, v, g, beta, state, slots, scale).contiguous()
+
+    @operator.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        return v.new_empty(v.shape)
+
+    return operator
 
 
-@_decode_chunked.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(v)
-
-
-registry.register("decode", registry.Implementation("chunked", _decode_chunked))
+for _name, _run, _supports in native.backends():
+    registry.register("decode", registry.Implementation(_name, torch_operator(f"decode_{_name}", _run), _supports))
+registry.register("decode", registry.Implementation("chunked", torch_operator("decode_chunked", decode_chunked)))
 registry.register("decode", registry.Implementation("reference", decode_reference))

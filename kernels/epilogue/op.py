@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import registry
-from kernels.epilogue import chunked
+from kernels.epilogue import chunked, native
 from kernels.epilogue.reference import epilogue_reference
 from stoker.errors import Refusal
 
@@ -45,9 +45,14 @@ def epilogue(o: Tensor, z: Tensor, weight: Tensor, eps: float, activation: Activ
 
 def torch_operator(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> torch.library.CustomOpDef:
     """Registers ``stoker::<name>`` and ``stoker::<name>_backward`` with their fakes and the autograd rule. ``forward``
-    and ``backward`` have the signatures, annotations included, of those in ``chunked``."""
-    operator = torch.library.custom_op(f"stoker::{name}", forward, mutates_args=())
-    operator_backward = torch.library.custom_op(f"stoker::{name}_backward", backward, mutates_args=())
+    and ``backward`` take and return what those in ``chunked`` do."""
+    schema, schema_backward = (
+        torch.library.infer_schema(f, mutates_args=()) for f in (chunked.forward, chunked.backward)
+    )
+    operator = torch.library.custom_op(f"stoker::{name}", forward, mutates_args=(), schema=schema)
+    operator_backward = torch.library.custom_op(
+        f"stoker::{name}_backward", backward, mutates_args=(), schema=schema_backward
+    )
 
     def fake(o: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
         return o.new_empty(o.shape)
@@ -72,6 +77,9 @@ def torch_operator(name: str, forward: Callable[..., Any], backward: Callable[..
 
 epilogue_chunked = torch_operator("epilogue_chunked", chunked.forward, chunked.backward)
 
+for _backend in native.backends():
+    _operator = torch_operator(f"epilogue_{_backend.name}", _backend.forward, _backend.backward)
+    registry.register("epilogue", registry.Implementation(_backend.name, _operator, _backend.supports))
 registry.register(
     "epilogue",
     registry.Implementation(

@@ -29,6 +29,11 @@ struct BlockExec {
     STOKER_DEVICE static int index(int r, int c) {
       return c / 64 * (R * 64) + r * 64 + ((c / 8 % 8) ^ (r % 8)) * 8 + c % 8;
     }
+    // From the index of (r, c), c a multiple of `columns` or less than 8 beyond one, to that of (r, c + columns). Where c
+    // has no bits of `columns` % 64 set, as in all that follows, it is an exclusive or: no address is made twice.
+    STOKER_DEVICE static int along(int index, int columns) {
+      return (index ^ (columns % 64)) + columns / 64 * (R * 64);
+    }
     STOKER_DEVICE float operator()(int r, int c) const {
       return bf16::from_bits(uint32_t(shared_load(at + index(r, c))) << 16);
     }
@@ -37,7 +42,7 @@ struct BlockExec {
   template <int R, int C>
   struct Acc {
     static constexpr int stripes = R / 16, parts = kWarps / stripes, columns = C / parts, tiles = columns / 8;
-    static_assert(stripes * parts == kWarps && columns % 16 == 0);
+    static_assert(stripes * parts == kWarps && columns % 32 == 0);
     float x[tiles][4];
   };
 
@@ -55,7 +60,7 @@ struct BlockExec {
     STOKER_DEVICE float operator[](int i) const { return shared_load(at + i); }
   };
 
-  // A float matrix in shared memory; the padding spreads the rows that a fragment touches over the banks.
+  // A float matrix in shared memory; the padding leaves two lanes to a bank where a fragment touches it.
   template <int R, int C, class T = float>
   struct alignas(16) Plane {
     static constexpr int stride = C + 8;
@@ -90,12 +95,18 @@ struct BlockExec {
   template <class... Accs>
   STOKER_DEVICE void finish(Accs &...) {}
 
+  // A thread copies the same 16 bytes of a row every few rows; as these are a multiple of 8, so is the swizzle.
   template <int R, int C>
   STOKER_DEVICE void load(Tile<R, C> &tile, const bf16 *from, int64_t stride, int rows) {
-    for (int i = opaque(thread); i < R * C / 8; i += kThreads) {
-      int r = i / (C / 8), c = i % (C / 8) * 8;
-      bool valid = r < rows;
-      copy16_async(tile.at + tile.index(r, c), from + (valid ? r * stride + c : 0), valid);
+    constexpr int step = kThreads / (C / 8);
+    static_assert(step % 8 == 0 && R % step == 0);
+    const int i = opaque(thread), r = i / (C / 8), c = i % (C / 8) * 8;
+    uint16_t *to = tile.at + tile.index(r, c);
+    const bf16 *at = from + r * stride + c;
+#pragma unroll
+    for (int j = 0; j < R / step; ++j, at += step * stride) {
+      const bool valid = r + j * step < rows;
+      copy16_async(to + j * step * 64, valid ? at : from, valid);
     }
   }
   template <int N>
@@ -117,12 +128,15 @@ struct BlockExec {
     struct alignas(16) Part {
       uint32_t words[4];
     };
-    for (int i = opaque(thread); i < R * C / 8; i += kThreads) {
-      int r = i / (C / 8), c = i % (C / 8) * 8;
-      if (r < rows)
-        *reinterpret_cast<Part *>(to + r * stride + c) =
-            shared_load(reinterpret_cast<const Part *>(tile.at + tile.index(r, c)));
-    }
+    constexpr int step = kThreads / (C / 8);
+    static_assert(step % 8 == 0 && R % step == 0);
+    const int i = opaque(thread), r = i / (C / 8), c = i % (C / 8) * 8;
+    const uint16_t *from = tile.at + tile.index(r, c);
+    bf16 *at = to + r * stride + c;
+#pragma unroll 1
+    for (int j = 0; j < R / step; ++j, at += step * stride)
+      if (r + j * step < rows)
+        *reinterpret_cast<Part *>(at) = shared_load(reinterpret_cast<const Part *>(from + j * step * 64));
   }
 
   template <int R, int C>
@@ -150,23 +164,20 @@ struct BlockExec {
   STOKER_DEVICE void product(Acc<R, C> &acc, const Tile<AR, AC> &a, const Tile<BR, BC> &b) {
     constexpr int inner = TransA ? AR : AC;
     static_assert((TransA ? AC : AR) == R && (TransB ? BR : BC) == C && (TransB ? BC : BR) == inner);
+    warp_barrier();
     const int l = opaque(lane), w = opaque(warp);
     const int top = w % Acc<R, C>::stripes * 16, left = w / Acc<R, C>::stripes * Acc<R, C>::columns;
     const int in8 = l % 8, low = l / 8 % 2 * 8, high = l / 16 * 8;
+    const int a0 = TransA ? a.index(in8 + high, top + low) : a.index(top + in8 + low, high);
+    const int b0 = TransB ? b.index(left + in8 + high, low) : b.index(in8 + low, left + high);
 #pragma unroll 2
     for (int t = 0; t < inner; t += 16) {
       uint32_t rows[4];
-      if constexpr (TransA)
-        load_matrices<true>(rows, a.at + a.index(t + in8 + high, top + low));
-      else
-        load_matrices<false>(rows, a.at + a.index(top + in8 + low, t + high));
+      load_matrices<TransA>(rows, a.at + (TransA ? a0 + t * 64 : a.along(a0, t)));
 #pragma unroll
       for (int j = 0; j < Acc<R, C>::tiles; j += 2) {
         uint32_t columns[4];
-        if constexpr (TransB)
-          load_matrices<false>(columns, b.at + b.index(left + j * 8 + in8 + high, t + low));
-        else
-          load_matrices<true>(columns, b.at + b.index(t + in8 + low, left + j * 8 + high));
+        load_matrices<!TransB>(columns, b.at + (TransB ? b.along(b0, t) + j * 8 * 64 : b.along(b0, j * 8) + t * 64));
         multiply_add(acc.x[j], rows, columns[0], columns[1]);
         multiply_add(acc.x[j + 1], rows, columns[2], columns[3]);
       }
@@ -177,6 +188,7 @@ struct BlockExec {
   template <class Level, int C, int K>
   STOKER_DEVICE void product_level(Level level, Acc<C, C> &acc, const Tile<C, K> &a, const Tile<C, K> &b) {
     const int half = level.half;
+    warp_barrier();
     const int l = opaque(lane), w = opaque(warp);
     const int top = w % Acc<C, C>::stripes * 16, left = w / Acc<C, C>::stripes * Acc<C, C>::columns;
     const int in8 = l % 8, low = l / 8 % 2 * 8, high = l / 16 * 8;
@@ -200,6 +212,7 @@ struct BlockExec {
   template <bool Transposed, class Level, int C, int K>
   STOKER_DEVICE void product_pairs(Level level, Acc<C, K> &acc, const Tile<C, C> &pairs, const Tile<C, K> &b) {
     const int half = level.half;
+    warp_barrier();
     const int l = opaque(lane), w = opaque(warp);
     const int top = w % Acc<C, K>::stripes * 16, left = w / Acc<C, K>::stripes * Acc<C, K>::columns;
     const int in8 = l % 8, low = l / 8 % 2 * 8, high = l / 16 * 8;
@@ -226,8 +239,20 @@ struct BlockExec {
 #pragma unroll 1
     for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
       int r = i / (C / 2), c = i % (C / 2) * 2;
-      uint32_t pair = bf16::round(f(r, c)) | uint32_t(bf16::round(f(r, c + 1))) << 16;
+      uint32_t pair = round_pair(f(r, c), f(r, c + 1));
       shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair);
+    }
+  }
+  template <int R, int C, class F>
+  STOKER_DEVICE void fill(Tile<R, C> &first, Tile<R, C> &second, F f) {
+#pragma unroll 1
+    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
+      int r = i / (C / 2), c = i % (C / 2) * 2, at = first.index(r, c);
+      float x[2], y[2];
+      f(r, c, x[0], y[0]);
+      f(r, c + 1, x[1], y[1]);
+      shared_store(reinterpret_cast<uint32_t *>(first.at + at), round_pair(x[0], x[1]));
+      shared_store(reinterpret_cast<uint32_t *>(second.at + at), round_pair(y[0], y[1]));
     }
   }
   template <int C, class F>
@@ -333,12 +358,13 @@ struct BlockExec {
   STOKER_DEVICE void put(Tile<R, C> &tile, const Acc<R, C> &acc) {
     const Place<R, C> at(*this);
 #pragma unroll
-    for (int j = 0; j < Acc<R, C>::tiles; ++j)
+    for (int i = 0; i < 4; i += 2) {
+      const int first = tile.index(at.row(i), at.column(0, 0));
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        uint32_t pair = bf16::round(acc.x[j][i]) | uint32_t(bf16::round(acc.x[j][i + 1])) << 16;
-        shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(at.row(i), at.column(j, i))), pair);
-      }
+      for (int j = 0; j < Acc<R, C>::tiles; ++j)
+        shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.along(first, j * 8)),
+                     round_pair(acc.x[j][i], acc.x[j][i + 1]));
+    }
   }
   template <class F>
   STOKER_DEVICE void rows(int n, F f) {
@@ -423,7 +449,8 @@ struct BlockExec {
     each([&](int r, int c, float &x) { scratch.at[r][c] = x; }, acc);
   }
 
-  // Log decays below -104 make a factor that float holds as 0: cut there, they cost the sum none of its digits.
+  // Log decays below -104 make a factor that float holds as 0: cut there, sums stay above -6656 and their differences
+  // exact to 5e-4, a quarter of what bfloat16 operands cost.
   template <int N>
   STOKER_DEVICE void running_sum(Vector<N> &to, const Vector<N> &from) {
     static_assert(N == 64);
@@ -467,7 +494,7 @@ struct BlockExec {
     merge<32>(scratch);
     for (int i = opaque(thread); i < 64 * 32; i += kThreads) {
       int r = i / 32, c2 = i % 32 * 2;
-      uint32_t pair = bf16::round(float(scratch.at[r][c2])) | uint32_t(bf16::round(float(scratch.at[r][c2 + 1]))) << 16;
+      uint32_t pair = round_pair(float(scratch.at[r][c2]), float(scratch.at[r][c2 + 1]));
       shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c2)), pair);
     }
     sync();
@@ -507,7 +534,7 @@ struct BlockExec {
       float by = factor(r);
       uint32_t *at = reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair = shared_load(at);
       float first = bf16::from_bits(pair << 16) * by, second = bf16::from_bits(pair & 0xffff0000u) * by;
-      shared_store(at, bf16::round(first) | uint32_t(bf16::round(second)) << 16);
+      shared_store(at, round_pair(first, second));
     }
   }
   template <int R, int C>

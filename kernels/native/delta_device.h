@@ -7,6 +7,15 @@
 namespace stoker {
 namespace STOKER_ISA {
 
+// Stops the kernel loudly where bounds do not rise from 0 to the number of tokens: reads and writes would go astray. The
+// host never looks at them, since it would have to wait. Called by one block.
+STOKER_DEVICE void require_bounds(const DeltaParams &p) {
+  const int32_t *cu = p.cu_seqlens;
+  bool wrong = cu[0] != 0 || cu[p.num_segments] != p.num_tokens;
+  for (int i = thread_index(); i < p.num_segments; i += kThreads) wrong |= cu[i] > cu[i + 1];
+  if (wrong) trap();
+}
+
 // The chunk in a slot; false where no segment uses it.
 STOKER_DEVICE bool rows_of_slot(const DeltaParams &p, int slot, Rows &rows) {
   int low = 0, high = p.num_segments;  // low: the last segment whose first slot is not beyond this one
@@ -39,10 +48,12 @@ inline int sum_heads_blocks(const DeltaParams &p) {
   return int(ceil_div(int64_t(p.num_tokens) * p.num_qk_heads * p.key_dim, int64_t(kThreads)));
 }
 
-// Value columns a block works on: narrow where wide ones would leave multiprocessors idle (132 on an H200).
-inline int value_block(const DeltaParams &p) {
-  const bool narrow = p.value_dim % 128 || int64_t(p.num_segments) * p.num_v_heads * (p.value_dim / 128) <= 66;
-  return narrow ? 64 : 128;
+// Value columns a block works on. Forward: narrow where wide blocks would leave multiprocessors idle (132 on an H200);
+// columns do not meet there. Backward: by the dims alone, since the blocks' shares of a gradient are added up, and a
+// sequence must get the same bits whatever else is in the batch.
+inline int value_block(const DeltaParams &p, bool back) {
+  if (p.value_dim % 128) return 64;
+  return !back && int64_t(p.num_segments) * p.num_v_heads * (p.value_dim / 128) <= 66 ? 64 : 128;
 }
 
 }  // namespace STOKER_ISA

@@ -30,6 +30,7 @@ Shared &shared_memory() {
 template <class Params>
 int launch(const char *name, void (*kernel)(Params), int grid_x, int grid_y, int threads, size_t shared, void *stream,
            const Params &params) {
+  if (grid_y > 65535) return 9;  // cudaErrorInvalidConfiguration
   const unsigned seed = unsigned(reinterpret_cast<uintptr_t>(stream));
   std::vector<unsigned char> memory(shared + 1024);
   unsigned char *aligned = memory.data() + (1024 - reinterpret_cast<uintptr_t>(memory.data()) % 1024);
@@ -67,9 +68,13 @@ int launch(const char *, void (*kernel)(Params), int grid_x, int grid_y, int thr
            const Params &params) {
   if (grid_x == 0 || grid_y == 0) return 0;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (error != cudaSuccess) return int(error);
-  kernel<<<dim3(grid_x, grid_y), threads, shared, static_cast<cudaStream_t>(stream)>>>(params);
-  return int(cudaGetLastError());
+  if (error == cudaSuccess) {
+    void *arguments[] = {const_cast<Params *>(&params)};
+    error = cudaLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(grid_x, grid_y), dim3(threads), arguments, shared,
+                             static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) cudaGetLastError();  // it is told by the return value, not to whoever asks next
+  return int(error);
 }
 
 }  // namespace stoker

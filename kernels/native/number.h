@@ -35,10 +35,16 @@ struct bf16 {
   }
   // To nearest, ties to even; a NaN stays one whatever its payload.
   STOKER_BOTH static uint16_t round(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t rounded_here;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded_here) : "f"(x));
+    return rounded_here;
+#else
     uint32_t bits = to_bits(x);
     uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     uint32_t nan = (bits >> 16) | 0x40u;
     return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+#endif
   }
 };
 

@@ -31,6 +31,19 @@ STOKER_DEVICE uint32_t shared_address(const void *at) { return uint32_t(__cvta_g
 
 STOKER_DEVICE void block_barrier() { __syncthreads(); }
 
+// Ends the kernel with an error that every later call of this device reports.
+STOKER_DEVICE void trap() { __trap(); }
+
+// Lanes that parted meet again: what `.aligned` instructions below ask for.
+STOKER_DEVICE void warp_barrier() { __syncwarp(); }
+
+// Two numbers rounded to bfloat16, the first in the low half.
+STOKER_DEVICE uint32_t round_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 STOKER_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 STOKER_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 

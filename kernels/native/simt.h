@@ -222,6 +222,15 @@ STOKER_DEVICE void block_barrier() {
   }
 }
 
+STOKER_DEVICE void warp_barrier() {}
+STOKER_DEVICE void trap() {
+  fprintf(stderr, "%s: trap\n", simt::block->kernel);
+  abort();
+}
+STOKER_DEVICE uint32_t round_pair(float low, float high) {
+  return bf16::round(low) | uint32_t(bf16::round(high)) << 16;
+}
+
 STOKER_DEVICE float shuffle(float x, int lane) { return simt::exchange(x)[lane]; }
 STOKER_DEVICE float shuffle_xor(float x, int mask) {
   return simt::exchange(x)[(thread_index() % simt::kLanes) ^ mask];

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import registry
 from kernels.precision import compute_dtype
-from kernels.prologue import chunked
+from kernels.prologue import chunked, native
 from kernels.prologue.reference import prologue_reference
 from stoker.errors import Refusal
 
@@ -92,9 +92,14 @@ def _check_shapes(
 
 def torch_operator(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> torch.library.CustomOpDef:
     """Registers ``stoker::<name>`` and ``stoker::<name>_backward`` with their fakes and the autograd rule. ``forward``
-    and ``backward`` have the signatures, annotations included, of those in ``chunked``."""
-    operator = torch.library.custom_op(f"stoker::{name}", forward, mutates_args=())
-    operator_backward = torch.library.custom_op(f"stoker::{name}_backward", backward, mutates_args=())
+    and ``backward`` take and return what those in ``chunked`` do."""
+    schema, schema_backward = (
+        torch.library.infer_schema(f, mutates_args=()) for f in (chunked.forward, chunked.backward)
+    )
+    operator = torch.library.custom_op(f"stoker::{name}", forward, mutates_args=(), schema=schema)
+    operator_backward = torch.library.custom_op(
+        f"stoker::{name}_backward", backward, mutates_args=(), schema=schema_backward
+    )
 
     def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         *tensors, _ = inputs
@@ -141,6 +146,9 @@ def _fake_backward(dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dbeta: Tensor
 
 prologue_chunked = torch_operator("prologue_chunked", chunked.forward, chunked.backward)
 
+for _backend in native.backends():
+    _operator = torch_operator(f"prologue_{_backend.name}", _backend.forward, _backend.backward)
+    registry.register("prologue", registry.Implementation(_backend.name, _operator, _backend.supports))
 registry.register(
     "prologue",
     registry.Implementation(

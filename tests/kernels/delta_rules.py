@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from kernels.precision import compute_dtype
 from kernels.samples import Decay, cu_seqlens_of, gated_delta_inputs
 from kernels.tolerance import error
 
+verify = pytest.mark.verify
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 #: More than two chunks, one token, none, and a chunk of 64 less one, full, and one more.
 RAGGED = (130, 1, 0, 63, 64, 65)
+FEW = (130, 0, 63)
 
 Tensors = dict[str, Tensor]
 
@@ -148,6 +151,11 @@ HARD: dict[str, Callable[[Tensors], Tensors]] = {
     "decays of -1000 and 0 in turn": lambda x: {"g": -1000 * _turn(x["g"], 2)},
     **{f"decays of {g}": lambda x, g=g: {"g": torch.full_like(x["g"], g)} for g in (0.0, -1e-6, -20.0, -100.0)},  # type: ignore[misc]
 }
+
+
+_SOON = ("identical keys, beta 1", "beta up to 2", "decays of -1000 and 0 in turn", "decays of -100.0")
+#: The parameter ``name`` of a test of hard inputs; most are for `make verify`.
+hard = pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in _SOON else [verify]) for name in HARD])
 
 
 def hard_inputs(rule: Rule, name: str, lengths: Sequence[int], dims: tuple[int, int], dtype: torch.dtype) -> Tensors:

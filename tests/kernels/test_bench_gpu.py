@@ -143,8 +143,8 @@ def test_a_quick_run_begins_with_the_targets() -> None:
 
 def test_targets_are_those_of_the_design() -> None:
     at = {(target.op, target.shape, target.phase): target.ms for target in TARGETS}
-    assert at["gated_delta", MAIN, "forward"], at["gated_delta", MAIN, "backward"] == (0.5, 1.5)
-    assert at["kda", MAIN, "forward"], at["kda", MAIN, "backward"] == (0.7, 2.0)
+    assert (at["gated_delta", MAIN, "forward"], at["gated_delta", MAIN, "backward"]) == (0.5, 1.5)
+    assert (at["kda", MAIN, "forward"], at["kda", MAIN, "backward"]) == (0.7, 2.0)
     assert at["kda", LONG, "backward"] == pytest.approx(2.8)
 
 

@@ -21,6 +21,7 @@ struct PrepareShared {
 // One chunk slot (x) of one value head (y); slots that no segment uses are passed over.
 template <int K>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(DeltaParams p) {
+  if (block_x() == 0 && block_y() == 0) require_bounds(p);
   Rows rows;
   if (!rows_of_slot(p, block_x(), rows)) return;
   auto &s = shared_memory<PrepareShared<K>>();
@@ -37,13 +38,13 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(DeltaParams p) {
   x.store((bf16 *)p.solved + block_of(p, rows, head) * kChunk * kChunk, kChunk, kChunk, s.solved);
 }
 
-// One block of value columns of one value head (x) of one segment (y).
+// One segment (x, of which there may be many) and one block of value columns of one value head (y).
 template <int K, int V>
 __global__ void __launch_bounds__(kThreads) forward_kernel(DeltaParams p) {
   using Program = GatedDeltaForward<BlockExec, K, V, false>;
   BlockExec x;
   const int blocks = p.value_dim / V;
-  Program::run(x, shared_memory<typename Program::Shared>(), p, block_y(), block_x() / blocks, block_x() % blocks * V);
+  Program::run(x, shared_memory<typename Program::Shared>(), p, block_x(), block_y() / blocks, block_y() % blocks * V);
 }
 
 // Partial gradients in the workspace: dq and dk [N, Hv * blocks, K] as bfloat16, dg and dbeta [N, Hv * blocks] as float.
@@ -67,7 +68,7 @@ template <int K, int V>
 __global__ void __launch_bounds__(kThreads) backward_kernel(DeltaParams p) {
   using Program = GatedDeltaBackward<BlockExec, K, V>;
   BlockExec x;
-  const int blocks = p.value_dim / V, lane = block_x();
+  const int blocks = p.value_dim / V, lane = block_y();
   typename Program::Target to;
   if (blocks * p.num_v_heads == p.num_qk_heads) {
     to = {(bf16 *)p.dq + lane * K, (bf16 *)p.dk + lane * K, (float *)p.dg + lane, (float *)p.dbeta + lane,
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(DeltaParams p) {
     const int lanes = p.num_v_heads * blocks;
     to = {at.dq + lane * K, at.dk + lane * K, at.dg + lane, at.dbeta + lane, int64_t(lanes) * K, lanes, false};
   }
-  Program::run(x, shared_memory<typename Program::Shared>(), p, block_y(), lane / blocks, lane % blocks * V, to);
+  Program::run(x, shared_memory<typename Program::Shared>(), p, block_x(), lane / blocks, lane % blocks * V, to);
 }
 
 // Sums the partial gradients in the order of heads and blocks: one thread an element.
@@ -105,7 +106,7 @@ template <int K, int V>
 int forward(const DeltaParams &p, void *stream) {
   using Shared = typename GatedDeltaForward<BlockExec, K, V, false>::Shared;
   if (int error = prepare<K>(p, stream)) return error;
-  return launch("gated_delta forward", forward_kernel<K, V>, p.num_v_heads * (p.value_dim / V), p.num_segments, kThreads,
+  return launch("gated_delta forward", forward_kernel<K, V>, p.num_segments, p.num_v_heads * (p.value_dim / V), kThreads,
                 shared_bytes<Shared>(), stream, p);
 }
 template <int K, int V>
@@ -114,15 +115,17 @@ int backward(const DeltaParams &p, void *stream) {
   const int blocks = p.value_dim / V;
   const bool direct = blocks * p.num_v_heads == p.num_qk_heads;
   if (!direct && p.workspace_bytes < partials_of(p, blocks).bytes) return kWorkspaceTooSmall;
-  if (int error = launch("gated_delta backward", backward_kernel<K, V>, p.num_v_heads * blocks, p.num_segments, kThreads,
+  if (int error = launch("gated_delta backward", backward_kernel<K, V>, p.num_segments, p.num_v_heads * blocks, kThreads,
                          shared_bytes<Shared>(), stream, p))
     return error;
   if (direct) return 0;
-  return launch("gated_delta reduce", reduce_kernel, sum_heads_blocks(p), 1, kThreads, 0, stream, p);
+  const int64_t gates = int64_t(p.num_tokens) * p.num_v_heads, gate_blocks = ceil_div(gates, int64_t(kThreads));
+  const int reduce_blocks = gate_blocks > sum_heads_blocks(p) ? int(gate_blocks) : sum_heads_blocks(p);
+  return launch("gated_delta reduce", reduce_kernel, reduce_blocks, 1, kThreads, 0, stream, p);
 }
 
 int run(DeltaParams p, bool back, void *stream) {
-  p.value_block = value_block(p);
+  p.value_block = value_block(p, back);
   if (p.value_dim % p.value_block) return kUnsupported;
   switch (p.key_dim * 1000 + p.value_block) {
 #define STOKER_DIMS(K, V) \
@@ -151,7 +154,7 @@ STOKER_EXPORT int stoker_gated_delta_backward(const stoker::DeltaParams *p, void
 }
 // Bytes of workspace that the backward wants.
 STOKER_EXPORT int64_t stoker_gated_delta_workspace(const stoker::DeltaParams *p) {
-  const int blocks = p->value_dim / stoker::cuda::value_block(*p);
+  const int blocks = p->value_dim / stoker::cuda::value_block(*p, true);
   const bool direct = blocks * p->num_v_heads == p->num_qk_heads;
   return direct ? 0 : stoker::cuda::partials_of(*p, blocks).bytes;
 }

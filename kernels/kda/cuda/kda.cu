@@ -16,19 +16,20 @@ namespace cuda {
 // One chunk slot (x) of one value head (y).
 template <int K>
 __global__ void __launch_bounds__(kThreads) kda_prepare_kernel(DeltaParams p) {
+  if (block_x() == 0 && block_y() == 0) require_bounds(p);
   Rows rows;
   if (!rows_of_slot(p, block_x(), rows)) return;
   BlockExec x;
   KdaPrepare<BlockExec, K>::run(x, shared_memory<typename KdaPrepare<BlockExec, K>::Shared>(), p, rows, block_y());
 }
 
-// One block of value columns of one value head (x) of one segment (y).
+// One segment (x, of which there may be many) and one block of value columns of one value head (y).
 template <int K, int V>
 __global__ void __launch_bounds__(kThreads) kda_forward_kernel(DeltaParams p) {
   using Program = KdaForward<BlockExec, K, V>;
   BlockExec x;
   const int blocks = p.value_dim / V;
-  Program::run(x, shared_memory<typename Program::Shared>(), p, block_y(), block_x() / blocks, block_x() % blocks * V);
+  Program::run(x, shared_memory<typename Program::Shared>(), p, block_x(), block_y() / blocks, block_y() % blocks * V);
 }
 
 // Shares of the gradients, one for each block of value columns of each value head: [N, Hv * blocks, K] and [N, Hv *
@@ -56,9 +57,9 @@ template <int K, int V>
 __global__ void __launch_bounds__(kThreads) kda_backward_kernel(DeltaParams p) {
   using Program = KdaBackward<BlockExec, K, V>;
   BlockExec x;
-  const int blocks = p.value_dim / V, lane = block_x(), lanes = p.num_v_heads * blocks;
+  const int blocks = p.value_dim / V, lane = block_y(), lanes = p.num_v_heads * blocks;
   const KdaShares at = kda_shares(p);
-  Program::run(x, shared_memory<typename Program::Shared>(), p, block_y(), lane / blocks, lane % blocks * V,
+  Program::run(x, shared_memory<typename Program::Shared>(), p, block_x(), lane / blocks, lane % blocks * V,
                {at.dq + lane * K, at.dk + lane * K, at.dg + lane * K, at.dbeta + lane, int64_t(lanes) * K,
                 int64_t(lanes) * K, lanes});
 }
@@ -93,9 +94,9 @@ int kda_forward(const DeltaParams &p, void *stream) {
                          shared_bytes<typename KdaPrepare<BlockExec, K>::Shared>(), stream, p))
     return error;
   return p.value_block == 128
-             ? launch("kda forward", kda_forward_kernel<K, 128>, lanes, p.num_segments, kThreads,
+             ? launch("kda forward", kda_forward_kernel<K, 128>, p.num_segments, lanes, kThreads,
                       shared_bytes<typename KdaForward<BlockExec, K, 128>::Shared>(), stream, p)
-             : launch("kda forward", kda_forward_kernel<K, 64>, lanes, p.num_segments, kThreads,
+             : launch("kda forward", kda_forward_kernel<K, 64>, p.num_segments, lanes, kThreads,
                       shared_bytes<typename KdaForward<BlockExec, K, 64>::Shared>(), stream, p);
 }
 
@@ -104,7 +105,7 @@ int kda_backward(const DeltaParams &p, void *stream) {
   constexpr int V = 64;
   const int chunks = slots(p.num_tokens, p.num_segments), lanes = p.num_v_heads * (p.value_dim / V);
   if (p.workspace_bytes < kda_shares(p).bytes) return kWorkspaceTooSmall;
-  if (int error = launch("kda backward", kda_backward_kernel<K, V>, lanes, p.num_segments, kThreads,
+  if (int error = launch("kda backward", kda_backward_kernel<K, V>, p.num_segments, lanes, kThreads,
                          shared_bytes<typename KdaBackward<BlockExec, K, V>::Shared>(), stream, p))
     return error;
   if (int error = launch("kda pairs", kda_pairs_kernel<K, V>, chunks, p.num_v_heads, kThreads,
@@ -116,7 +117,7 @@ int kda_backward(const DeltaParams &p, void *stream) {
 
 // The forward takes wide blocks of values where they fill the GPU; the backward's tiles leave room for 64 columns.
 inline DeltaParams with_block(DeltaParams p, bool back) {
-  p.value_block = back ? 64 : value_block(p);
+  p.value_block = back ? 64 : value_block(p, back);
   return p;
 }
 

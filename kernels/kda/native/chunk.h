@@ -43,8 +43,11 @@ struct ScaledPair {
   STOKER_TILE void fill(X &x, Level level, const typename X::template Tile<kChunk, K> &from_q,
                         const typename X::template Tile<kChunk, K> &from_k, const ChannelDecays<X, K> &decays) {
     x.sync();
-    x.fill(q, [&](int t, int c) { return from_q(t, c) * decays.across(x, level, t, c); });
-    x.fill(k, [&](int t, int c) { return from_k(t, c) * decays.across(x, level, t, c); });
+    x.fill(q, k, [&](int t, int c, auto &to_q, auto &to_k) {
+      const auto decay = decays.across(x, level, t, c);
+      to_q = from_q(t, c) * decay;
+      to_k = from_k(t, c) * decay;
+    });
     x.sync();
   }
 };
