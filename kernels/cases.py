@@ -133,7 +133,7 @@ def _epilogue_cases(dtype: torch.dtype, short: bool) -> Iterator[Case]:
 def layer_cases(
     op: str, heads: tuple[int, int], dims: tuple[int, int], width: int, dtype: torch.dtype
 ) -> Iterator[Case]:
-    """A few tokens through a layer's operators, at the layer's head dims and fewer of its heads (2 value heads a key head
+    """A few tokens through a layer's operators, at its head dims and with fewer heads (2 value heads a key head
     at most): ``op`` is gated_delta or kda, ``width`` the taps of its convolution."""
     per_channel, lengths = op == "kda", [65, 1, 30]
     Hk, Hv = 1, 2 if heads[0] < heads[1] else 1

@@ -89,12 +89,13 @@ def torch_operator(
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
     def gradients(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        q, _, v, _, _, cu_seqlens, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # to be asked for once: activation checkpointing recomputes it then
+        q, _, v, _, _, cu_seqlens, *_ = saved
         do = torch.zeros_like(v) if do is None else do
         if dfinal is None:
             shape = (cu_seqlens.shape[0] - 1, v.shape[1], q.shape[2], v.shape[2])
             dfinal = q.new_zeros(shape, dtype=compute_dtype(q.dtype))
-        *grads, dinitial = operator_backward(do, dfinal, *ctx.saved_tensors, ctx.scale)
+        *grads, dinitial = operator_backward(do, dfinal, *saved, ctx.scale)
         return *grads, None, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
 
     operator.register_fake(fake)
@@ -150,4 +151,7 @@ def check_shapes(
     if Hk == 0 or Hv % Hk:
         raise Refusal(f"{op}: {Hv} value heads are not a multiple of {Hk} query-key heads")
     if cu_seqlens.shape[0] < 2:
-        raise Refusal(f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries, the start of a segment and its end are two")
+        raise Refusal(
+            f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries; it must rise from 0 to the number of packed tokens, "
+            f"{N}: pass the start of every segment and the end of the last"
+        )

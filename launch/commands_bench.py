@@ -31,7 +31,7 @@ PACKAGES = ("torch", "megatron-core", "numba", "transformers")
 
 
 def bench(what: str, save: bool = False, quick: bool = False) -> None:
-    """Print one line a row; with ``save`` also write ``docs/measurements/bench-<what>.md`` (on a GPU its name is added).
+    """Print one line a row; with ``save`` also write ``docs/measurements/bench-<what>.md`` (a GPU adds its name).
     Refuses what cannot be measured yet, and to save outside of a checkout. ``quick``: fewer shapes of the kernels."""
     if quick and what != "kernels":
         raise Refusal(f"bench {what} has no --quick: it is for the kernels, whose shapes are many")

@@ -135,9 +135,7 @@ def refuse_other_model(ours: Any, theirs: Any, folder: Path, where: str = "model
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         name = f"{where}.{field.name}"
         if field.name == "bias_update_rate" and mine is None and other is not None:
-            raise Refusal(
-                f"{name}: {folder} has router biases, the configuration has none: set it, 0 keeps them"
-            )
+            raise Refusal(f"{name}: {folder} has router biases, the configuration has none: set it, 0 keeps them")
         if field.name in free or mine == other:
             continue
         if isinstance(mine, tuple) and len(mine) == len(other):

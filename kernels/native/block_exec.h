@@ -499,32 +499,33 @@ struct BlockExec {
     }
     sync();
   }
-  // Every second pair of blocks of N: B := -C' (B A').
+  // Every second pair of blocks of N: B := -C' (B A'). A thread has elements of one column, so it reads A' once for all.
   template <int N>
   STOKER_DEVICE void merge(Scratch<64> &s) {
     constexpr int outputs = 64 / (2 * N) * N * N / kThreads;
-    float sums[outputs];
-    auto each_output = [&](auto f) {
-#pragma unroll
-      for (int o = 0; o < outputs; ++o) {
-        int i = thread + o * kThreads, pair = i / (N * N) * 2 * N;
-        f(sums[o], pair + N + i / N % N, pair + i % N, pair);
-      }
+    struct Place {
+      int row, column, pair;
     };
-    each_output([&](float &sum, int r, int c, int pair) {
-      sum = 0;
-      for (int t = 0; t < N; ++t) sum += float(s.at[r][pair + t]) * float(s.at[pair + t][c]);
-    });
-    sync();
-    each_output([&](float &sum, int r, int c, int) { s.at[r][c] = sum; });
-    sync();
-    each_output([&](float &sum, int r, int c, int pair) {
-      sum = 0;
-      for (int t = 0; t < N; ++t) sum -= float(s.at[r][pair + N + t]) * float(s.at[pair + N + t][c]);
-    });
-    sync();
-    each_output([&](float &sum, int r, int c, int) { s.at[r][c] = sum; });
-    sync();
+    auto place = [&](int o) {
+      const int i = thread + o * kThreads, pair = i / (N * N) * 2 * N;
+      return Place{pair + N + i / N % N, pair + i % N, pair};
+    };
+    auto multiply = [&](int left, int right, float sign) {
+      float sums[outputs] = {};
+#pragma unroll 4
+      for (int t = 0; t < N; ++t)
+#pragma unroll
+        for (int o = 0; o < outputs; ++o) {
+          const Place at = place(o);
+          sums[o] += float(s.at[at.row][at.pair + left + t]) * float(s.at[at.pair + right + t][at.column]);
+        }
+      sync();
+#pragma unroll
+      for (int o = 0; o < outputs; ++o) s.at[place(o).row][place(o).column] = sign * sums[o];
+      sync();
+    };
+    multiply(0, 0, 1);
+    multiply(N, N, -1);
   }
 
   template <int R, int C, class F>

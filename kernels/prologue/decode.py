@@ -26,8 +26,8 @@ def prologue_step(
     num_qk_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`kernels.prologue.op.prologue` of one more token of each of B sequences: inputs and outputs as there, with
-    B rows for N, and the same bits as its blocked form gives. ``windows``: for q, k and v the W-1 rows before this one, [B, C, W-1], oldest first
-    (zeros before a sequence's first), **updated in place**. No gradient."""
+    B rows for N, and the bits of its blocked form. ``windows``: for q, k and v the W-1 rows before this one,
+    [B, C, W-1], oldest first (zeros before a sequence's first), **updated in place**. No gradient."""
     dtype = compute_dtype(q.dtype)
     num_heads = (num_qk_heads, num_qk_heads, len(A_log))
     q_, k_, v_ = (

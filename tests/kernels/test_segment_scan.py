@@ -155,7 +155,7 @@ def test_boundaries_that_do_not_cover_the_tokens_are_refused(bounds: list[int]) 
     del x["initial_state"]
     with pytest.raises(Refusal, match="must rise from 0 to the number of packed tokens, 140"):
         split_delta(**x, cu_seqlens=20 * torch.tensor(bounds), piece_tokens=64)
-    with pytest.raises(Refusal, match="bounds no sequence"):
+    with pytest.raises(Refusal, match="must rise from 0 to the number of packed tokens, 140"):
         split_delta(**x, cu_seqlens=torch.tensor([140]), piece_tokens=64)
 
 
