@@ -78,7 +78,16 @@ def obtain(target: str, home: Path = HOME) -> Entry:
 
 def _library(target: str) -> Library | None:
     found = _attempt(target)
-    return found if isinstance(found, Library) else None
+    if isinstance(found, Library):
+        return found
+    _tell(target, found)
+    return None
+
+
+@cache
+def _tell(target: str, reason: str) -> None:
+    """Once: what runs instead is right, and slower."""
+    logger.warning("no compiled kernels (%s): %s; the torch forms run instead", target, reason)
 
 
 @cache
