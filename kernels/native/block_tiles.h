@@ -1,0 +1,237 @@
+// What a block of 8 warps shares and splits: tiles, accumulators, and the passing of numbers between them.
+//
+// Tiles are bfloat16 in shared memory, in panels of 64 columns: a row of a panel is 128 bytes whose eight 16-byte parts
+// are swapped by the row (part ^ row % 8), so that eight rows of one part, which ldmatrix reads and fragments write,
+// never share a bank. It is the 128-byte swizzle of TMA and wgmma.
+// Accumulators are float in the layout of mma.m16n8k16: warp w owns the stripe of 16 rows w % (R / 16) and, where there
+// are fewer stripes than warps, one of the column parts. It is the layout of wgmma.m64 with two warpgroups as well.
+#pragma once
+
+#include "native/number.h"
+#include "native/ptx.h"
+
+namespace stoker {
+namespace STOKER_ISA {
+
+constexpr int kWarps = 8, kThreads = kWarps * 32;
+
+struct BlockTiles {
+  using Element = bf16;
+  using Real = float;
+  using Wide = float;
+  static constexpr int kStages = 2;
+
+  template <int R, int C>
+  struct alignas(1024) Tile {
+    static_assert(C % 64 == 0 && R % 8 == 0);
+    uint16_t at[R * C];
+    // Index of element (r, c).
+    STOKER_DEVICE static int index(int r, int c) {
+      return c / 64 * (R * 64) + r * 64 + ((c / 8 % 8) ^ (r % 8)) * 8 + c % 8;
+    }
+    // From the index of (r, c), c a multiple of `columns` or less than 8 beyond one, to that of (r, c + columns). Where c
+    // has no bits of `columns` % 64 set, as in all that follows, it is an exclusive or: no address is made twice.
+    STOKER_DEVICE static int along(int index, int columns) {
+      return (index ^ (columns % 64)) + columns / 64 * (R * 64);
+    }
+    STOKER_DEVICE float operator()(int r, int c) const {
+      return bf16::from_bits(uint32_t(shared_load(at + index(r, c))) << 16);
+    }
+  };
+
+  template <int R, int C>
+  struct Acc {
+    static constexpr int stripes = R / 16, parts = kWarps / stripes, columns = C / parts, tiles = columns / 8;
+    static_assert(stripes * parts == kWarps && columns % 32 == 0);
+    float x[tiles][4];
+  };
+
+  // Numbers in shared memory, element by element through the instructions that the emulated block watches.
+  struct Number {
+    float *at;
+    STOKER_DEVICE operator float() const { return shared_load(at); }
+    STOKER_DEVICE void operator=(float x) { shared_store(at, x); }
+    STOKER_DEVICE void operator+=(float x) { shared_store(at, shared_load(at) + x); }
+  };
+  template <int N, class T = float>
+  struct Vector {
+    float at[N];
+    STOKER_DEVICE Number operator[](int i) { return {at + i}; }
+    STOKER_DEVICE float operator[](int i) const { return shared_load(at + i); }
+  };
+
+  // A float matrix in shared memory; the padding leaves two lanes to a bank where a fragment touches it.
+  template <int R, int C, class T = float>
+  struct alignas(16) Plane {
+    static constexpr int stride = C + 8;
+    float at[R * stride];
+    STOKER_DEVICE Number operator()(int r, int c) { return {at + r * stride + c}; }
+    STOKER_DEVICE float operator()(int r, int c) const { return shared_load(at + r * stride + c); }
+  };
+
+  template <int N>
+  struct RowSums {
+    static constexpr int parts = kWarps / (N / 16);
+    Vector<N> part[parts];
+  };
+  template <int N>
+  struct ColumnSums {
+    static constexpr int parts = N / 16;
+    Vector<N> part[parts];
+  };
+  struct Total {
+    static constexpr int parts = kWarps;
+    Vector<parts> part;
+  };
+  template <int N>
+  struct Scratch {
+    Vector<N + 1> at[N];
+  };
+
+  int thread, warp, lane;
+  STOKER_DEVICE BlockTiles() : thread(thread_index()), warp(thread / 32), lane(thread % 32) {}
+
+  STOKER_DEVICE void sync() { block_barrier(); }
+  template <class... Accs>
+  STOKER_DEVICE void finish(Accs &...) {}
+
+  // A thread copies the same 16 bytes of a row every few rows; as these are a multiple of 8, so is the swizzle.
+  template <int R, int C>
+  STOKER_DEVICE void load(Tile<R, C> &tile, const bf16 *from, int64_t stride, int rows) {
+    constexpr int step = kThreads / (C / 8);
+    static_assert(step % 8 == 0 && R % step == 0);
+    const int i = opaque(thread), r = i / (C / 8), c = i % (C / 8) * 8;
+    uint16_t *to = tile.at + tile.index(r, c);
+    const bf16 *at = from + r * stride + c;
+#pragma unroll
+    for (int j = 0; j < R / step; ++j, at += step * stride) {
+      const bool valid = r + j * step < rows;
+      copy16_async(to + j * step * 64, valid ? at : from, valid);
+    }
+  }
+  template <int N>
+  STOKER_DEVICE void load_vector(Vector<N> &to, const float *from, int64_t stride, int rows) {
+    for (int i = opaque(thread); i < N; i += kThreads) copy4_async(to.at + i, from + (i < rows ? i * stride : 0), i < rows);
+  }
+  template <int R, int C>
+  STOKER_DEVICE void load_plane(Plane<R, C> &plane, const float *from, int64_t stride, int rows) {
+    for (int i = opaque(thread); i < R * C / 4; i += kThreads) {
+      int r = i / (C / 4), c = i % (C / 4) * 4;
+      bool valid = r < rows;
+      copy16_async(plane.at + r * plane.stride + c, from + (valid ? r * stride + c : 0), valid);
+    }
+  }
+  STOKER_DEVICE void wait_loads() { copy_wait(); }
+
+  template <int R, int C>
+  STOKER_DEVICE void store(bf16 *to, int64_t stride, int rows, const Tile<R, C> &tile) {
+    struct alignas(16) Part {
+      uint32_t words[4];
+    };
+    constexpr int step = kThreads / (C / 8);
+    static_assert(step % 8 == 0 && R % step == 0);
+    const int i = opaque(thread), r = i / (C / 8), c = i % (C / 8) * 8;
+    const uint16_t *from = tile.at + tile.index(r, c);
+    bf16 *at = to + r * stride + c;
+#pragma unroll 1
+    for (int j = 0; j < R / step; ++j, at += step * stride)
+      if (r + j * step < rows)
+        *reinterpret_cast<Part *>(at) = shared_load(reinterpret_cast<const Part *>(from + j * step * 64));
+  }
+
+  template <int R, int C>
+  STOKER_DEVICE void zero(Acc<R, C> &acc) {
+#pragma unroll
+    for (auto &tile : acc.x)
+#pragma unroll
+      for (float &x : tile) x = 0;
+  }
+  // Where a thread's part of an accumulator lies: element i of n-tile j. Made anew for every operation (see opaque), or
+  // the addresses of all of them would fill the registers for the whole kernel.
+  template <int R, int C>
+  struct Place {
+    int top, left;
+    STOKER_DEVICE explicit Place(const BlockTiles &x) {
+      const int lane = opaque(x.lane), warp = opaque(x.warp);
+      top = warp % Acc<R, C>::stripes * 16 + lane / 4;
+      left = warp / Acc<R, C>::stripes * Acc<R, C>::columns + lane % 4 * 2;
+    }
+    STOKER_DEVICE int row(int i) const { return top + i / 2 * 8; }
+    STOKER_DEVICE int column(int j, int i) const { return left + j * 8 + i % 2; }
+  };
+
+  template <int R, int C, class F>
+  STOKER_DEVICE void fill(Tile<R, C> &tile, F f) {
+#pragma unroll 1
+    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
+      int r = i / (C / 2), c = i % (C / 2) * 2;
+      uint32_t pair = round_pair(f(r, c), f(r, c + 1));
+      shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair);
+    }
+  }
+  template <int R, int C, class F>
+  STOKER_DEVICE void fill(Tile<R, C> &first, Tile<R, C> &second, F f) {
+#pragma unroll 1
+    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
+      int r = i / (C / 2), c = i % (C / 2) * 2, at = first.index(r, c);
+      float x[2], y[2];
+      f(r, c, x[0], y[0]);
+      f(r, c + 1, x[1], y[1]);
+      shared_store(reinterpret_cast<uint32_t *>(first.at + at), round_pair(x[0], x[1]));
+      shared_store(reinterpret_cast<uint32_t *>(second.at + at), round_pair(y[0], y[1]));
+    }
+  }
+  template <int C, class F>
+  STOKER_DEVICE void cells(int rows, F f) {
+#pragma unroll 1
+    for (int i = opaque(thread); i < rows * C; i += kThreads) f(i / C, i % C);
+  }
+
+  template <class F, int R, int C, class... More>
+  STOKER_DEVICE void each(F f, Acc<R, C> &acc, More &...more) {
+    const Place<R, C> at(*this);
+#pragma unroll
+    for (int j = 0; j < Acc<R, C>::tiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(at.row(i), at.column(j, i), acc.x[j][i], more.x[j][i]...);
+  }
+  template <int R, int C>
+  STOKER_DEVICE void put(Tile<R, C> &tile, const Acc<R, C> &acc) {
+    const Place<R, C> at(*this);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const int first = tile.index(at.row(i), at.column(0, 0));
+#pragma unroll
+      for (int j = 0; j < Acc<R, C>::tiles; ++j)
+        shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.along(first, j * 8)),
+                     round_pair(acc.x[j][i], acc.x[j][i + 1]));
+    }
+  }
+  template <class F>
+  STOKER_DEVICE void rows(int n, F f) {
+    for (int i = opaque(thread); i < n; i += kThreads) f(i);
+  }
+  template <int R, int C, class F>
+  STOKER_DEVICE void scale_rows(Tile<R, C> &tile, F factor) {
+    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
+      int r = i / (C / 2), c = i % (C / 2) * 2;
+      float by = factor(r);
+      uint32_t *at = reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair = shared_load(at);
+      float first = bf16::from_bits(pair << 16) * by, second = bf16::from_bits(pair & 0xffff0000u) * by;
+      shared_store(at, round_pair(first, second));
+    }
+  }
+  template <int R, int C>
+  STOKER_DEVICE void load_state(Acc<R, C> &acc, const float *from, int64_t stride) {
+    each([&](int r, int c, float &x) { x = from ? from[r * stride + c] : 0.0f; }, acc);
+  }
+  template <int R, int C>
+  STOKER_DEVICE void store_state(float *to, int64_t stride, Acc<R, C> &acc) {
+    each([&](int r, int c, float &x) { to[r * stride + c] = x; }, acc);
+  }
+
+  STOKER_DEVICE float exp(float x) { return exponential2(x * 1.44269504088896341f); }
+};
+
+}  // namespace STOKER_ISA
+}  // namespace stoker
