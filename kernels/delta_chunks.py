@@ -35,11 +35,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.chunk_size import CHUNK
 from kernels.chunks import ChunkTable, Group, chunk_table, max_chunks
 from kernels.precision import compute_dtype
 
-#: Tokens of a chunk. On CPU 32 is as fast and 64 keeps half the states.
-CHUNK = 64
 #: Elements of one group's C x C matrices: 1 MiB of float32 where a cache is to hold them, more where launches cost.
 GROUP_ELEMENTS_CPU, GROUP_ELEMENTS_GPU = 1 << 18, 1 << 26
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import delta_op, toolchain
-from kernels.native_rows import in_threads
+from kernels.chunk_size import CHUNK
+from kernels.native_rows import in_threads, never
 from kernels.precision import compute_dtype
 from kernels.registry import Implementation
 from kernels.segments import segment_bounds
 
-#: Tokens of a chunk in the C++ (``kChunk`` of native/delta_params.h).
-CHUNK = 64
 #: Head dims (K, V) that the libraries are built for.
 HOST_DIMS = {(32, 32), (64, 64), (128, 128)}
 MODEL_DIMS = (64, 64)
@@ -48,9 +46,11 @@ class DeltaParams(ctypes.Structure):
 #: Runs the compiled forward (False) or backward (True) of an operator on the tensors that DeltaParams points at; the
 #: tensor tells dtype and device.
 Call = Callable[[str, DeltaParams, bool, Tensor], None]
+#: The same of one operator.
+Run = Callable[[DeltaParams, bool, Tensor], None]
 
 
-def workspace_shapes(
+def slot_shapes(
     matrices: int, num_tokens: int, num_segments: int, num_v_heads: int, key_dim: int, value_dim: int
 ) -> tuple[tuple[int, ...], ...]:
     """States that enter the chunks, errors, and T (and N_q where ``matrices`` is 2), by slot (native/delta_params.h);
@@ -68,10 +68,18 @@ MATRICES = {"gated_delta": 1, "kda": 2}
 
 
 def implementations(op: str) -> list[Implementation]:
-    """Of an operator, in order of preference. ``emulated`` and ``model`` run only where ``registry.force`` asks for
-    them: the GPU's code on an emulated block, and the programs in double or with bfloat16 tiles on the host."""
-    makers = {"cuda": _cuda, "compiled": _host, "emulated": _emulated, "model": _model}
-    return [maker(op, name) for name, maker in makers.items()]
+    """Of an operator, in order of preference. "hopper" is the GPU's code with what only that architecture has.
+
+    ``emulated`` and ``model`` run only where ``registry.force`` asks for them: the GPU's code on an emulated block, and
+    the programs in double or with bfloat16 tiles on the host."""
+    return [
+        _cuda(op, "cuda"),
+        _cuda(op, "hopper", "_hopper"),
+        _host(op, "compiled"),
+        _emulated(op, "emulated"),
+        _emulated(op, "emulated_hopper", "_hopper"),
+        _model(op, "model"),
+    ]
 
 
 def _host(op: str, name: str) -> Implementation:
@@ -79,49 +87,45 @@ def _host(op: str, name: str) -> Implementation:
         fits = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and shape in HOST_DIMS
         return fits and toolchain.host_library() is not None
 
-    operator = _operator(op, "compiled", _run_host, {torch.bfloat16: torch.float32})
-    return Implementation(name, operator, supports)
+    return Implementation(name, _operator(op, name, _run_host, compute_dtype), supports)
 
 
 def _model(op: str, name: str) -> Implementation:
-    return Implementation(name, _operator(op, "model", _run_model, {}), _never)
+    return Implementation(name, _operator(op, name, _run_model), never)
 
 
-def _cuda(op: str, name: str) -> Implementation:
+def _cuda(op: str, name: str, suffix: str = "") -> Implementation:
+    """``suffix``: behind the names of its entry points, which not every architecture's library has."""
+
     def supports(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         fits = dtype == torch.bfloat16 and shape[0] in GPU_KEY_DIMS and shape[1] % GPU_VALUE_BLOCK == 0
-        return device == "cuda" and fits and toolchain.cuda_library() is not None
+        library = toolchain.cuda_library() if device == "cuda" and fits else None
+        return library is not None and library.has(f"stoker_{op}_forward{suffix}")
 
-    return Implementation(name, _operator(op, "cuda", _run_cuda, {}), supports)
-
-
-def _emulated(op: str, name: str) -> Implementation:
-    return Implementation(name, _operator(op, "emulated", _run_emulated, {}), _never)
+    return Implementation(name, _operator(op, name, partial(_run_cuda, suffix)), supports)
 
 
-def _never(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return False
+def _emulated(op: str, name: str, suffix: str = "") -> Implementation:
+    return Implementation(name, _operator(op, name, partial(_run_emulated, suffix)), never)
+
+
+def _unchanged(dtype: torch.dtype) -> torch.dtype:
+    return dtype
 
 
 def _operator(
-    op: str, name: str, call: Call, widen: dict[torch.dtype, torch.dtype]
+    op: str, name: str, call: Call, element_of: Callable[[torch.dtype], torch.dtype] = _unchanged
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The torch operator over ``call``; inputs of a dtype in ``widen`` are turned into the wider one first."""
-
-    def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
-        return widen.get(dtype, dtype)
-
-    shapes = partial(workspace_shapes, MATRICES[op])
-    forward = partial(_forward, partial(call, op), shapes, workspace_dtype)
-    backward = partial(_backward, partial(call, op), workspace_dtype)
-    operator = delta_op.torch_operator(f"{op}_{name}", forward, backward, shapes, workspace_dtype)
-    return partial(delta_op.run, operator)
+    """The torch operator over ``call``. ``element_of``: dtype of q -> that of q, k, v and workspaces in the C++."""
+    run, shapes = partial(call, op), partial(slot_shapes, MATRICES[op])
+    forward, backward = partial(_forward, run, shapes, element_of), partial(_backward, run, element_of)
+    return partial(delta_op.run, delta_op.torch_operator(f"{op}_{name}", forward, backward, shapes, element_of))
 
 
 def _forward(
-    call: Callable[[DeltaParams, bool, Tensor], None],
+    run: Run,
     workspace_shapes: delta_op.WorkspaceShapes,
-    workspace_dtype: Callable[[torch.dtype], torch.dtype],
+    element_of: Callable[[torch.dtype], torch.dtype],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,7 +137,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, Hv, V), K, S = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
-    real, element = compute_dtype(q.dtype), workspace_dtype(q.dtype)
+    real, element = compute_dtype(q.dtype), element_of(q.dtype)
     q_, k_, v_ = (_rows(x.to(element)) for x in (q, k, v))
     g_, beta_ = (_aligned(x.to(real)) for x in (g, beta))
     cu = cu_seqlens.to(torch.int32).contiguous()
@@ -145,13 +149,13 @@ def _forward(
     tensors = {"g": g_, "beta": beta_, "initial": initial, "o": o, "final": final}
     params = _params(q_, k_, v_, cu, scale, states=states, errors=errors, solved=solved, **tensors)
     params.save = save
-    call(params, False, q_)
+    run(params, False, q_)
     return o.to(v.dtype), final, states, errors, solved if save else solved.new_empty(0)
 
 
 def _backward(
-    call: Callable[[DeltaParams, bool, Tensor], None],
-    workspace_dtype: Callable[[torch.dtype], torch.dtype],
+    run: Run,
+    element_of: Callable[[torch.dtype], torch.dtype],
     do: Tensor,
     dfinal: Tensor,
     q: Tensor,
@@ -165,7 +169,7 @@ def _backward(
     solved: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    real, element = compute_dtype(q.dtype), workspace_dtype(q.dtype)
+    real, element = compute_dtype(q.dtype), element_of(q.dtype)
     q_, k_, v_, do_ = (_rows(x.to(element)) for x in (q, k, v, do))
     g_, beta_, dfinal_ = (_aligned(x.to(real)) for x in (g, beta, dfinal))
     cu = cu_seqlens.to(torch.int32).contiguous()
@@ -175,7 +179,7 @@ def _backward(
     saved = {"states": states, "errors": errors, "solved": solved}
     params = _params(q_, k_, v_, cu, scale, g=g_, beta=beta_, d_o=do_, d_final=dfinal_, **saved, **gradients)
     params.d_o_stride = do_.stride(0)
-    call(params, True, q_)
+    run(params, True, q_)
     grads = zip((dq, dk, dv, dg, dbeta), (q, k, v, g, beta), strict=True)
     dq, dk, dv, dg, dbeta = (grad.to(x.dtype) for grad, x in grads)
     return dq, dk, dv, dg, dbeta, dinitial
@@ -213,46 +217,50 @@ def _params(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, *
 
 
 def _run_host(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
-    _run_heads(f"stoker_{op}_{toolchain.best_isa()}", params, back)
+    library = toolchain.host_library()
+    assert library is not None
+    _run_heads(library, op, params, back)
 
 
 def _run_model(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
-    name = {torch.float64: "double", torch.bfloat16: "bf16"}[q.dtype]
-    _run_heads(f"stoker_{op}_{name}_baseline", params, back)
+    library = toolchain.host_library("baseline")
+    if library is None:
+        raise RuntimeError(f"no model of the kernels: {toolchain.why_not('host_baseline')}")
+    _run_heads(library, f"{op}_{'double' if q.dtype == torch.float64 else 'bf16'}", params, back)
 
 
-def _run_heads(function: str, params: DeltaParams, back: bool) -> None:
+def _run_heads(library: toolchain.Library, name: str, params: DeltaParams, back: bool) -> None:
     bounds = (ctypes.c_int32 * (params.num_segments + 1)).from_address(params.cu_seqlens)
     segment_bounds(tuple(bounds), params.num_tokens)
-    library = toolchain.host_library()
-    assert library is not None
-    run = library.function(function, DeltaParams, *[ctypes.c_int] * 3)
+    run = library.function(f"stoker_{name}_{library.isa}", DeltaParams, *[ctypes.c_int] * 3)
     heads = params.num_qk_heads if back else params.num_v_heads
     in_threads(heads, lambda begin, end: run(params, back, begin, end))
 
 
-def _run_cuda(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
+def _run_cuda(suffix: str, op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
     library = toolchain.cuda_library()
     assert library is not None
     with torch.cuda.device(q.device):
-        _run_device(library, op, params, back, q, torch.cuda.current_stream(q.device).cuda_stream)
+        _run_device(library, suffix, op, params, back, q, torch.cuda.current_stream(q.device).cuda_stream)
 
 
-def _run_emulated(op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
+def _run_emulated(suffix: str, op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
     library = toolchain.emulated_library()
     if library is None:
         raise RuntimeError(f"no emulated kernels: {toolchain.why_not('simt')}")
-    _run_device(library, op, params, back, q, emulation_seed)
+    _run_device(library, suffix, op, params, back, q, emulation_seed)
 
 
 #: In which order the emulated library runs blocks and threads.
 emulation_seed = 1
 
 
-def _run_device(library: Any, op: str, params: DeltaParams, back: bool, q: Tensor, stream: int) -> None:
+def _run_device(
+    library: toolchain.Library, suffix: str, op: str, params: DeltaParams, back: bool, q: Tensor, stream: int
+) -> None:
     if back:
-        size = library.query(f"stoker_{op}_workspace", DeltaParams)(params)
+        size = library.query(f"stoker_{op}_workspace{suffix}", DeltaParams)(params)
         workspace = q.new_empty((size,), dtype=torch.uint8)
         params.workspace, params.workspace_bytes = workspace.data_ptr(), size
-    name = f"stoker_{op}_{'backward' if back else 'forward'}"
+    name = f"stoker_{op}_{'backward' if back else 'forward'}{suffix}"
     library.function(name, DeltaParams, ctypes.c_void_p)(params, stream)

@@ -15,9 +15,13 @@ from torch import Tensor
 from kernels.precision import compute_dtype
 from stoker.errors import Refusal
 
-#: q, k, v, g, beta, cu_seqlens, initial_state, scale, save -> o, final state, three workspaces (empty unless ``save``)
+#: Of a forward: o, final state, three workspaces (empty unless ``save``).
+SCHEMA = """(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor cu_seqlens, Tensor? initial_state, float scale,
+    bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
+#: Of a backward, given the three workspaces: gradients of q, k, v, g, beta, initial state.
+BACKWARD_SCHEMA = """(Tensor do, Tensor dfinal, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor cu_seqlens,
+    Tensor first, Tensor second, Tensor third, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-#: do, dfinal, q, k, v, g, beta, cu_seqlens, three workspaces, scale -> gradients of q, k, v, g, beta, initial state
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
 #: number of tokens, of segments, Hv, K, V -> shapes of the three workspaces
 WorkspaceShapes = Callable[[int, int, int, int, int], tuple[tuple[int, ...], ...]]
@@ -30,42 +34,17 @@ def torch_operator(
     workspace_shapes: WorkspaceShapes,
     workspace_dtype: Callable[[torch.dtype], torch.dtype] = compute_dtype,
 ) -> torch.library.CustomOpDef:
-    """Registers ``stoker::<name>`` and ``stoker::<name>_backward``. ``workspace_dtype``: by the dtype of q.
+    """Registers ``forward`` as ``stoker::<name>``, of SCHEMA, and ``backward`` as ``stoker::<name>_backward``, of
+    BACKWARD_SCHEMA. ``workspace_dtype``: by the dtype of q.
 
     >>> operator = torch_operator("kda_chunked", chunked.forward, chunked.backward, delta_chunks.workspace_shapes)
     >>> registry.register("kda", registry.Implementation("chunked", partial(run, operator)))
     """
 
-    @torch.library.custom_op(f"stoker::{name}", mutates_args=())
-    def operator(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        cu_seqlens: Tensor,
-        initial_state: Tensor | None,
-        scale: float,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return forward(q, k, v, g, beta, cu_seqlens, initial_state, scale, save)
-
-    @torch.library.custom_op(f"stoker::{name}_backward", mutates_args=())
-    def operator_backward(
-        do: Tensor,
-        dfinal: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        cu_seqlens: Tensor,
-        first: Tensor,
-        second: Tensor,
-        third: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return backward(do, dfinal, q, k, v, g, beta, cu_seqlens, first, second, third, scale)
+    operator = torch.library.custom_op(f"stoker::{name}", forward, mutates_args=(), schema=SCHEMA)
+    operator_backward = torch.library.custom_op(
+        f"stoker::{name}_backward", backward, mutates_args=(), schema=BACKWARD_SCHEMA
+    )
 
     def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         _, _, cu_seqlens, _, _, save = rest

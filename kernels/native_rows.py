@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kernels import toolchain
 from kernels.registry import Supports
-from kernels.toolchain.build import HOST
 
 #: What a host entry point is asked for (``Stage`` of the C++).
 FORWARD, BACKWARD, SUMS = range(3)
@@ -57,8 +56,8 @@ def function(library: toolchain.Library, name: str, types: tuple[Any, ...]) -> C
 
 @cache
 def _entry(library: toolchain.Library, name: str) -> str:
-    """As the library calls it: the host's has one for every instruction set."""
-    return f"{name}_{toolchain.best_isa()}" if library.target == HOST else name
+    """As the library calls it: a host's says its instruction set."""
+    return f"{name}_{library.isa}" if library.isa else name
 
 
 def run_host(op: str, params: Any, back: bool, like: Tensor) -> None:

@@ -58,6 +58,11 @@ def operators() -> list[str]:
     return sorted(_implementations)
 
 
+def able(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Implementation]:
+    """All that can run a call, in order of preference."""
+    return [i for i in implementations(op) if i.supports(device.type, dtype, shape)]
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Implementation:
     """The implementation to run; says which, once per operator, device and dtype. Can be traced by torch.compile."""
     sizes = tuple(map(operator.index, shape))  # a size that torch.compile took for a variable is a number from here on

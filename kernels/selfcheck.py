@@ -1,6 +1,7 @@
-"""Every operator's chosen implementation against its float64 reference, on the device one is on.
+"""Every operator's implementations against its float64 reference, on the device one is on.
 
 ``python -m kernels.selfcheck [--short] [--device cuda]`` prints a table of errors and exits 1 if one exceeds its bound.
+In full every implementation that can run there is tried, the short form tries the chosen ones.
 """
 
 from __future__ import annotations
@@ -41,19 +42,24 @@ def check(short: bool = False, device: str | None = None) -> list[Row]:
     if short:
         dtypes = [torch.bfloat16] if at.type == "cuda" else [torch.float32]
     every = ((dtype, case) for dtype in dtypes for cases in CASES for case in cases(dtype, short))
-    return [row for dtype, case in every for row in compare(case, dtype, at)]
+    return [row for dtype, case in every for row in compare(case, dtype, at, every=not short)]
 
 
-def compare(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """A row for every output and gradient of a case."""
-    actual = outputs_and_gradients(case, {name: x.to(device) for name, x in case.inputs.items()})
+def compare(case: Case, dtype: torch.dtype, device: torch.device, every: bool = False) -> Iterator[Row]:
+    """A row for every output and gradient of a case, by the implementation that is chosen for it; with ``every``, by
+    each that can run it, but the reference."""
     with registry.force(case.op, "reference"):
         expected = outputs_and_gradients(case, {name: x.double() for name, x in case.inputs.items()})
-    chosen = registry.choose(case.op, device, dtype, case.shape).name
-    for output, value in actual.items():
-        bound = tolerance.bound(dtype, output)
-        error = tolerance.error(value, expected[output])
-        yield Row(case.op, chosen, str(dtype).removeprefix("torch."), case.name, output, error, bound)
+    chosen = [registry.choose(case.op, device, dtype, case.shape)]
+    able = (i for i in registry.able(case.op, device, dtype, case.shape) if i.name != "reference")
+    for implementation in able if every else chosen:
+        with registry.force(case.op, implementation.name):
+            actual = outputs_and_gradients(case, {name: x.to(device) for name, x in case.inputs.items()})
+        for output, value in actual.items():
+            bound = tolerance.bound(dtype, output)
+            error = tolerance.error(value, expected[output])
+            kind = str(dtype).removeprefix("torch.")
+            yield Row(case.op, implementation.name, kind, case.name, output, error, bound)
 
 
 def outputs_and_gradients(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,7 +98,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.selfcheck", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="few cases, in float32, or bfloat16 on a GPU")
+    parser.add_argument("--short", action="store_true", help="few cases of what is chosen, in one dtype")
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
     arguments = parser.parse_args()
     rows = check(arguments.short, arguments.device)

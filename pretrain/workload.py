@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kernels.chunk_size import CHUNK
 from parallel.planning.plan import ParallelPlan, nearest_multiples
 from parallel.planning.workload import Divisor, LayerWorkload, Operation, Workload
 from pretrain.spec import Attention, Dense, GatedDelta, Kda, LayerSpec, Mixer, ModelSpec, MoE
 from stoker.errors import Refusal
 
 FLOAT32_BYTES = 4
-#: Tokens in a chunk of the delta rules' closed form, for which its FLOPs are counted.
-CHUNK = 64
 
 
 def workload_of(spec: ModelSpec, seq_len: int, element_bytes: int = 2) -> Workload:

@@ -1,6 +1,7 @@
 """Ours against peers, the physical limit and the targets on a GPU: ``python -m kernels.bench [--quick]``.
 
-For every shape ours is timed again beside each peer. Inputs are random, in bfloat16 with float32 gates; a forward keeps
+For every shape ours, as the registry chooses it, is timed again beside each peer; other implementations at home on the
+device have rows of their own beside the limit. Inputs are random, in bfloat16 with float32 gates; a forward keeps
 what its backward needs; a peer's outputs are compared with ours before it is timed.
 """
 
@@ -103,24 +104,40 @@ def rows(
 
 
 def _against_limits(problem: Problem, timer: Timer, ceilings: Ceilings) -> Iterator[Row]:
-    device = problem.cu_seqlens.device
-    chosen = registry.choose(problem.op, device, torch.bfloat16, problem.dispatch).name
+    """The chosen implementation's rows, then those of others, which say in their case whose they are."""
+    chosen, *others = _implementations(problem)
+    yield from _implementation_rows(problem, chosen, "", timer, ceilings)
+    for name in others:
+        yield from _implementation_rows(problem, name, f", by '{name}'", timer, ceilings)
+
+
+def _implementation_rows(problem: Problem, name: str, suffix: str, timer: Timer, ceilings: Ceilings) -> Iterator[Row]:
+    limit = f"{LIMIT} of {device_name(problem.cu_seqlens.device)}, {ceilings} measured here"
     for phase in _phases(problem):
-        row = partial(Row, problem.op, f"{problem.case}, {phase}")
-        limit, work = f"{LIMIT} of {device_name(device)}, {ceilings} measured here", problem.work(phase)
+        row = partial(Row, problem.op, f"{problem.case}, {phase}{suffix}")
+        work = problem.work(phase)
         floor = work.floor_ms(ceilings)
         try:
-            timing = _time(problem, problem.ours, phase, timer)
+            with registry.force(problem.op, name):
+                timing = _time(problem, problem.ours, phase, timer)
+                kept = _kept_bytes(problem) if phase == "forward" else None
         except Exception as error:
             yield row(limit, None, floor, None, f"ours failed: {first_line(error)}")
             continue
         rates = f"{work.bytes / timing.ms / 1e9:.2f} TB/s, {work.flops / timing.ms / 1e9:.0f} TFLOP/s of the least work"
-        kept = _kept_bytes(problem) if phase == "forward" else None
         keeps = "" if kept is None else f", keeps {kept / 2**20:.0f} MiB for the backward"
-        yield row(limit, timing.ms, floor, floor / timing.ms, f"runs '{chosen}'{keeps}, {rates}; {timing}")
+        yield row(limit, timing.ms, floor, floor / timing.ms, f"runs '{name}'{keeps}, {rates}; {timing}")
         for target in TARGETS:
             if (target.op, target.shape, target.phase, False) == (problem.op, problem.shape, phase, problem.layer):
                 yield row(target.peer, timing.ms, target.ms, target.ms / timing.ms)
+
+
+def _implementations(problem: Problem) -> list[str]:
+    """The chosen one, then all that can run the problem and lose nothing by running on this device."""
+    device = problem.cu_seqlens.device
+    call = (problem.op, device, torch.bfloat16, problem.dispatch)
+    able = [i.name for i in registry.able(*call) if device.type not in i.cost and i.name != "reference"]
+    return list(dict.fromkeys([registry.choose(*call).name, *able]))
 
 
 def _against_peer(problem: Problem, peer: Peer, timer: Timer) -> Iterator[Row]:

@@ -14,8 +14,8 @@ import torch
 
 from kernels.bench.shapes import Phase, Shape
 from kernels.bench.timing import Timer
+from kernels.chunk_size import CHUNK
 
-CHUNK = 64
 #: Sizes at which a device's rates are measured: a copy of 2 GiB, a product of square bfloat16 matrices.
 COPY_BYTES, MATRIX = 1 << 31, 8192
 

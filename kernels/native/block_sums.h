@@ -7,6 +7,24 @@ namespace stoker {
 namespace STOKER_ISA {
 
 struct BlockSums : BlockTiles {
+  // What passing sums and the inverse pass through shared memory.
+  template <int N>
+  struct Scratch {
+    static_assert(N == 64);
+    // A block of 16 x 16 numbers, each the sum of two bfloat16. The halves of a row, 16 bytes each, are swapped in rows
+    // 4-7 and 12-15: eight rows of one half, which ldmatrix reads and fragments write, never share a bank.
+    struct alignas(16) Block {
+      uint16_t high[16 * 16], low[16 * 16];
+      STOKER_DEVICE static int index(int r, int c) { return r * 16 + ((c / 8) ^ (r / 4 % 2)) * 8 + c % 8; }
+    };
+    static constexpr int kSystem = 8 * 20;  // numbers of two triangles of 8 x 8: BlockInverse::pose
+    Block blocks[13];                       // block (r, c) of the lower triangle is at 3 r + c
+    union {
+      float systems[4 * kSystem];
+      Vector<N> passing[5];  // what passes a token, by stripe of rows; then whole rows
+    };
+  };
+
   template <int R, int C, class F>
   STOKER_DEVICE void row_sums(RowSums<R> &to, F f, const Acc<R, C> &acc) {
     const Place<R, C> at(*this);
@@ -17,25 +35,19 @@ struct BlockSums : BlockTiles {
       for (int j = 0; j < Acc<R, C>::tiles; ++j)
 #pragma unroll
         for (int h = i; h < i + 2; ++h) sum += f(at.row(h), at.column(j, h), acc.x[j][h]);
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
+      sum = over_columns(sum);
       if (lane % 4 == 0) to.part[warp / Acc<R, C>::stripes][at.row(i)] += sum;
     }
   }
-  template <int R, int C>
-  STOKER_DEVICE void column_sums(ColumnSums<C> &to, const Acc<R, C> &acc) {
-    const Place<R, C> at(*this);
-    static_assert(R == C);
+  template <int N>
+  STOKER_DEVICE void column_sums(ColumnSums<N> &to, const Acc<N, N> &acc) {
+    static_assert(Acc<N, N>::tiles == 4);
+    const Place<N, N> at(*this);
+    float x[8];
 #pragma unroll
-    for (int j = 0; j < Acc<R, C>::tiles; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float sum = acc.x[j][i] + acc.x[j][i + 2];
-        sum += shuffle_xor(sum, 4);
-        sum += shuffle_xor(sum, 8);
-        sum += shuffle_xor(sum, 16);
-        if (lane < 4) to.part[warp % Acc<R, C>::stripes][at.column(j, i)] += sum;
-      }
+    for (int k = 0; k < 8; ++k) x[k] = acc.x[k / 2][k % 2] + acc.x[k / 2][k % 2 + 2];
+    const float sum = over_rows(x);
+    to.part[warp % Acc<N, N>::stripes][at.column(lane / 8, lane / 4)] += sum;
   }
   template <int R, int C, class F>
   STOKER_DEVICE void total(Total &to, F f, Acc<R, C> &acc) {
@@ -46,148 +58,209 @@ struct BlockSums : BlockTiles {
     if (lane == 0) to.part[warp] += sum;
   }
 
-  // Sums down the columns of a plane of 64 rows: two threads a column, 32 rows each.
-  static constexpr int kRun = 32;
-  template <int R, int C, class F>
-  STOKER_DEVICE void columns(F f) {
-    static_assert(R == 2 * kRun && 2 * C <= kThreads);
-    const int i = opaque(thread);
-    if (i < 2 * C) f(i % C, i / C * kRun);
-  }
-  // Log decays are cut at -104 first, as in running_sum.
+  // Log decays below -104 make a factor that float holds as 0: cut there, sums stay above -6656 and their differences
+  // exact to 5e-4, a quarter of what bfloat16 operands cost.
   template <int R, int C>
   STOKER_DEVICE void running_sums(Plane<R, C> &plane) {
-    columns<R, C>([&](int c, int first) {
-      float sum = 0;
-      for (int r = first; r < first + kRun; ++r) {
-        const float g = plane(r, c);
-        sum += g < -104.0f ? -104.0f : g;
-        plane(r, c) = sum;
-      }
-    });
-    sync();
-    columns<R, C>([&](int c, int first) {
-      if (first == 0) return;
-      const float before = plane(first - 1, c);
-      for (int r = first; r < first + kRun; ++r) plane(r, c) += before;
-    });
+    scan<false, true>(plane, [](float g) { return g < -104.0f ? -104.0f : g; });
   }
   template <int R, int C>
   STOKER_DEVICE void suffix_sums(Plane<R, C> &plane) {
-    columns<R, C>([&](int c, int first) {
-      float sum = 0;
-      for (int r = first + kRun - 1; r >= first; --r) {
-        sum += plane(r, c);
-        plane(r, c) = sum;
-      }
-    });
-    sync();
-    columns<R, C>([&](int c, int first) {
-      if (first) return;
-      const float after = plane(kRun, c);
-      for (int r = 0; r < kRun; ++r) plane(r, c) += after;
-    });
+    scan<true, true>(plane, [](float x) { return x; });
     sync();
   }
   template <int R, int C>
   STOKER_DEVICE void prefix_sums(Plane<R, C> &plane) {
-    float last = 0;
-    columns<R, C>([&](int c, int first) {
-      float sum = 0;
-      for (int r = first; r < first + kRun; ++r) {
-        const float x = plane(r, c);
-        plane(r, c) = sum;
-        sum += x;
-      }
-      last = sum;
-    });
-    // The second half waits for the first's total, which the first leaves in the row where the second starts with 0.
-    sync();
-    columns<R, C>([&](int c, int first) {
-      if (first == 0) plane(kRun, c) = last;
-    });
-    sync();
-    columns<R, C>([&](int c, int first) {
-      if (first == 0) return;
-      const float before = plane(kRun, c);
-      for (int r = first + 1; r < first + kRun; ++r) plane(r, c) += before;
-    });
+    scan<false, false>(plane, [](float x) { return x; });
     sync();
   }
   template <class Level, int R, int C>
   STOKER_DEVICE void half_sums(Level level, Plane<R, C> &to, const Plane<R, C> &plane) {
-    columns<R, C>([&](int c, int first) {
-      float sum = 0;
-#pragma unroll 4
-      for (int i = first; i < first + kRun; ++i) {
-        // Halves one after the other, the later ones from their end.
-        const bool later = level.later(i);
-        const int r = later ? i ^ (level.half - 1) : i;
-        if ((i & (level.half - 1)) == 0) sum = 0;
-        const float x = plane(r, c), before = sum;
-        sum += x;
-        to(r, c) += later ? sum : before;
-      }
-    });
+    using At = Run<R, C>;
+    const At at(*this);
+    if (level.half < At::rows) {
+      within_runs<At::rows / 2>(level.half, to.at + at.start, plane.at + at.start, at);
+      return;
+    }
+    // A run lies in one half. In a later one it is passed from its end.
+    const bool later = level.later(at.first);
+    const int step = later ? -At::stride : At::stride, start = at.start + (later ? (At::rows - 1) * At::stride : 0);
+    Four x[At::rows], sum = {};
+#pragma unroll
+    for (int i = 0; i < At::rows; ++i) sum += x[i] = Four::load(plane.at + start + i * step);
+    sum = beyond<At::runs>(sum, at.run, later ? 1 : -1, level.half / At::rows, At::across);
+#pragma unroll
+    for (int i = 0; i < At::rows; ++i) {
+      const Four before = sum;
+      sum += x[i];
+      Four y = Four::load(to.at + start + i * step);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) y.x[k] += later ? sum.x[k] : before.x[k];
+      y.store(to.at + start + i * step);
+    }
   }
 
-  // to[j] += sum over r >= j > i of x_ri: running sums along the rows, then along the columns, four threads for each.
+  // to[j] += sum over r >= j > i of x_ri, there after a barrier. A warp sums along its rows to before every j of its 32
+  // columns, and that down from j on. A token of the right half is passed by rows of the left half besides.
   template <int N>
-  STOKER_DEVICE void passing_sums(Vector<N> &to, Acc<N, N> &acc, Scratch<N> &scratch) {
-    constexpr int run = N * N / kThreads, threads = N / run;
-    static_assert(N * threads == kThreads);
-    spill(scratch, acc);
-    sync();
-    const int line = thread / threads, part = thread % threads;
-    float sum = 0;
-    for (int i = part * run; i < (part + 1) * run; ++i) {
-      const float x = scratch.at[line][i];
-      scratch.at[line][i] = sum;
-      sum += x;
+  STOKER_DEVICE void passing_sums(Vector<N> &to, const Acc<N, N> &acc, Scratch<N> &scratch) {
+    static_assert(Acc<N, N>::stripes == 4 && Acc<N, N>::tiles == 4);
+    const Place<N, N> at(*this);
+    const int w = uniform(opaque(warp)), stripe = w % 4, part = w / 4, t = at.left % 8 / 2;
+    Vector<N> &whole_rows = scratch.passing[4];
+    if (stripe >= 2 * part) {  // elsewhere all is above the diagonal
+      float before[2] = {}, passing[8];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float even[2], odd[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float x = acc.x[j][2 * h], two = x + acc.x[j][2 * h + 1];
+          const float beside = shuffle_xor(two, 1), four = two + beside, others = shuffle_xor(four, 2);
+          const float sum = before[h] + ((t % 2 ? beside : 0.0f) + (t / 2 ? others : 0.0f));
+          even[h] = at.row(2 * h) >= at.column(j, 0) ? sum : 0.0f;
+          odd[h] = at.row(2 * h) >= at.column(j, 1) ? sum + x : 0.0f;
+          before[h] += four + others;
+        }
+        passing[2 * j] = even[0] + even[1];
+        passing[2 * j + 1] = odd[0] + odd[1];
+      }
+      scratch.passing[stripe][at.column(lane / 8, lane / 4)] = over_rows(passing);
+      if (part == 0 && t < 2) whole_rows[at.row(2 * t)] = t ? before[1] : before[0];
     }
-    const float before = sum_before<threads>(sum, part);
-    for (int i = part * run; i < (part + 1) * run; ++i) scratch.at[line][i] += before;
     sync();
-    sum = 0;
-    for (int r = part * run; r < (part + 1) * run; ++r)
-      if (r >= line) sum += float(scratch.at[r][line]);
-    const float all = sum_before<threads>(sum, part) + sum;
-    if (part == threads - 1) to[line] += all;
-    sync();
-  }
-  // Sum of the values of the earlier threads of a run of neighbours.
-  template <int Threads>
-  STOKER_DEVICE float sum_before(float value, int part) {
+    if (w >= N / 32) return;
+    const int j = opaque(thread);
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < Threads - 1; ++i) {
-      float other = shuffle(value, lane - part + i);
-      sum += i < part ? other : 0.0f;
+    for (int s = 0; s < 4; ++s) sum += s >= 2 * w ? float(scratch.passing[s][j]) : 0.0f;
+    if (w == 1) {
+      const float row = whole_rows[j];
+      sum += row + beyond<32>(row, lane, 1, 32);
     }
-    return sum;
-  }
-  template <int N>
-  STOKER_DEVICE void spill(Scratch<N> &scratch, Acc<N, N> &acc) {
-    each([&](int r, int c, float &x) { scratch.at[r][c] = x; }, acc);
+    to[j] += sum;
   }
 
-  // Log decays below -104 make a factor that float holds as 0: cut there, sums stay above -6656 and their differences
-  // exact to 5e-4, a quarter of what bfloat16 operands cost.
-  template <int N>
-  STOKER_DEVICE void running_sum(Vector<N> &to, const Vector<N> &from) {
-    static_assert(N == 64);
-    if (warp) return;
-    auto cut = [](float g) { return g < -104.0f ? -104.0f : g; };
-    const float first = cut(from[2 * lane]), second = cut(from[2 * lane + 1]);
-    float sum = first + second;
-    for (int step = 1; step < 32; step *= 2) {
-      float before = shuffle(sum, lane >= step ? lane - step : lane);
-      sum += lane >= step ? before : 0.0f;
+ protected:
+  // Four floats side by side in shared memory, on a multiple of 16 bytes.
+  struct alignas(16) Four {
+    float x[4];
+    STOKER_DEVICE static Four load(const float *at) { return shared_load(reinterpret_cast<const Four *>(at)); }
+    STOKER_DEVICE void store(float *at) const { shared_store(reinterpret_cast<Four *>(at), *this); }
+    STOKER_DEVICE Four &operator+=(const Four &other) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[k] += other.x[k];
+      return *this;
     }
-    float before = shuffle(sum, lane ? lane - 1 : 0);
-    before = lane ? before : 0.0f;
-    to[2 * lane] = before + first;
-    to[2 * lane + 1] = before + first + second;
+  };
+
+  // The value `steps` places further, 0 where that is beyond the span; lanes of neighbouring places are `apart`.
+  STOKER_DEVICE float further(float x, int place, int steps, int span, int apart) {
+    const float other = shuffle(x, (lane + steps * apart) & 31);
+    return unsigned(place ^ (place + steps)) < unsigned(span) ? other : 0.0f;
+  }
+  STOKER_DEVICE Four further(Four x, int place, int steps, int span, int apart) {
+#pragma unroll
+    for (float &number : x.x) number = further(number, place, steps, span, apart);
+    return x;
+  }
+  // Sum of the values at all places further in a direction (1 or -1) in the same span of at most `Most` places.
+  template <int Most, class T>
+  STOKER_DEVICE T beyond(T x, int place, int direction, int span, int apart = 1) {
+    T sum = {};
+    if (span > 1) x += sum = further(x, place, direction, span, apart);
+#pragma unroll
+    for (int steps = 2; steps < Most; steps *= 2)
+      if (steps < span) {
+        const T other = further(x, place, direction * steps, span, apart);
+        sum += other;
+        x += other;
+      }
+    return sum;
+  }
+  // Sum over the lanes that share a row of a fragment.
+  STOKER_DEVICE float over_columns(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+  }
+  // Sums of eight values over the eight lanes that share a column of a fragment: value lane / 4 of all.
+  STOKER_DEVICE float over_rows(float (&x)[8]) {
+#pragma unroll
+    for (int half = 4; half; half /= 2) {
+      const bool upper = lane & half * 4;
+#pragma unroll
+      for (int k = 0; k < half; ++k) {
+        const float keep = upper ? x[k + half] : x[k], give = upper ? x[k] : x[k + half];
+        x[k] = keep + shuffle_xor(give, half * 4);
+      }
+    }
+    return x[0];
+  }
+
+ private:
+  // A thread's part of a plane: a run of rows of four columns. A warp has 32 rows, neighbouring lanes other columns.
+  template <int R, int C>
+  struct Run {
+    static constexpr int stride = Plane<R, C>::stride, across = C / 16, runs = 32 / across, rows = 32 / runs;
+    static_assert(R == 64 && runs * across == 32);
+    int run, first, column, start;
+    STOKER_DEVICE explicit Run(const BlockTiles &x) {
+      const int lane = opaque(x.lane), warp = opaque(x.warp);
+      run = lane / across;
+      first = warp / 4 * 32 + run * rows;
+      column = (warp % 4 * across + lane % across) * 4;
+      start = first * stride + column;
+    }
+  };
+  // Up or down the columns; the 32 rows that come first hand their sums over in the padding of the rows.
+  template <bool Up, bool Inclusive, int R, int C, class Cut>
+  STOKER_DEVICE void scan(Plane<R, C> &plane, Cut cut) {
+    using At = Run<R, C>;
+    const At at(*this);
+    Four x[At::rows], sum = {};
+#pragma unroll
+    for (int i = 0; i < At::rows; ++i) {
+      x[i] = Four::load(plane.at + at.start + i * At::stride);
+#pragma unroll
+      for (float &number : x[i].x) number = cut(number);
+      sum += x[i];
+    }
+    Four before = beyond<At::runs>(sum, at.run, Up ? 1 : -1, At::runs, At::across);
+    const bool comes_first = (at.first < 32) != Up;
+    float *handed = plane.at + at.column / 4 * At::stride + C;
+    sum += before;
+    if (comes_first && at.run == (Up ? 0 : At::runs - 1)) sum.store(handed);
+    sync();
+    if (!comes_first) before += Four::load(handed);
+#pragma unroll
+    for (int i = 0; i < At::rows; ++i) {
+      const int r = Up ? At::rows - 1 - i : i;
+      sum = before;
+      sum += x[r];
+      (Inclusive ? sum : before).store(plane.at + at.start + r * At::stride);
+      before = sum;
+    }
+  }
+  // half_sums where a run holds halves of both kinds.
+  template <int Half, class At>
+  STOKER_DEVICE void within_runs(int half, float *to, const float *from, const At &at) {
+    if (half == Half) {
+#pragma unroll
+      for (int first = 0; first < At::rows; first += Half) {
+        const bool later = first / Half % 2;
+        Four sum = {};
+#pragma unroll
+        for (int i = 0; i < Half; ++i) {
+          const int r = (later ? first + Half - 1 - i : first + i) * At::stride;
+          Four y = Four::load(to + r), passing = sum;
+          sum += Four::load(from + r);
+          y += later ? sum : passing;
+          if (later || i) y.store(to + r);
+        }
+      }
+    } else if constexpr (Half > 1) {
+      within_runs<Half / 2>(half, to, from, at);
+    }
   }
 };
 

@@ -88,12 +88,25 @@ struct BlockTiles {
     Vector<N + 1> at[N];
   };
 
-  int thread, warp, lane;
-  STOKER_DEVICE BlockTiles() : thread(thread_index()), warp(thread / 32), lane(thread % 32) {}
+  // Eight elements of a row, the unit of copies.
+  struct alignas(16) Part {
+    uint32_t words[4];
+  };
 
-  STOKER_DEVICE void sync() { block_barrier(); }
-  template <class... Accs>
-  STOKER_DEVICE void finish(Accs &...) {}
+  int thread, warp, lane;
+  int group;  // of four warps; the same for all threads of a warp, and known to be
+  STOKER_DEVICE BlockTiles()
+      : thread(thread_index()), warp(thread / 32), lane(thread % 32), group(uniform(thread / 128)) {}
+
+  // The same number: what is derived from it is not kept from where it was derived before.
+  STOKER_DEVICE int anew(int i) { return opaque(i); }
+
+  STOKER_DEVICE void sync() {
+#if defined(STOKER_WARPGROUP)
+    fence_async_proxy();
+#endif
+    block_barrier();
+  }
 
   // A thread copies the same 16 bytes of a row every few rows; as these are a multiple of 8, so is the swizzle.
   template <int R, int C>
@@ -106,12 +119,29 @@ struct BlockTiles {
 #pragma unroll
     for (int j = 0; j < R / step; ++j, at += step * stride) {
       const bool valid = r + j * step < rows;
-      copy16_async(to + j * step * 64, valid ? at : from, valid);
+      copy16_async(to + j * step * 64, at, valid);
     }
+  }
+  // A tile as it lies in shared memory, for kernels to hand to one another: R * C elements in one piece, of which every
+  // 64 columns are a piece of their own, so a tile of more columns is the tiles of fewer in a row.
+  template <int R, int C>
+  STOKER_DEVICE void load_image(Tile<R, C> &tile, const bf16 *from) {
+    const int first = opaque(thread) * 8;
+#pragma unroll
+    for (int i = 0; i < R * C; i += kThreads * 8) copy16_async(tile.at + first + i, from + first + i, true);
+  }
+  template <int R, int C>
+  STOKER_DEVICE void store_image(bf16 *to, const Tile<R, C> &tile) {
+    const int first = opaque(thread) * 8;
+#pragma unroll 4
+    for (int i = 0; i < R * C; i += kThreads * 8)
+      *reinterpret_cast<Part *>(to + first + i) = shared_load(reinterpret_cast<const Part *>(tile.at + first + i));
   }
   template <int N>
   STOKER_DEVICE void load_vector(Vector<N> &to, const float *from, int64_t stride, int rows) {
-    for (int i = opaque(thread); i < N; i += kThreads) copy4_async(to.at + i, from + (i < rows ? i * stride : 0), i < rows);
+    static_assert(N <= kThreads);
+    const int i = opaque(thread);
+    if (i < N) copy4_async(to.at + i, from + i * stride, i < rows);
   }
   template <int R, int C>
   STOKER_DEVICE void load_plane(Plane<R, C> &plane, const float *from, int64_t stride, int rows) {
@@ -125,15 +155,12 @@ struct BlockTiles {
 
   template <int R, int C>
   STOKER_DEVICE void store(bf16 *to, int64_t stride, int rows, const Tile<R, C> &tile) {
-    struct alignas(16) Part {
-      uint32_t words[4];
-    };
     constexpr int step = kThreads / (C / 8);
     static_assert(step % 8 == 0 && R % step == 0);
     const int i = opaque(thread), r = i / (C / 8), c = i % (C / 8) * 8;
     const uint16_t *from = tile.at + tile.index(r, c);
     bf16 *at = to + r * stride + c;
-#pragma unroll 1
+#pragma unroll 2
     for (int j = 0; j < R / step; ++j, at += step * stride)
       if (r + j * step < rows)
         *reinterpret_cast<Part *>(at) = shared_load(reinterpret_cast<const Part *>(from + j * step * 64));
@@ -195,6 +222,27 @@ struct BlockTiles {
 #pragma unroll
       for (int i = 0; i < 4; ++i) f(at.row(i), at.column(j, i), acc.x[j][i], more.x[j][i]...);
   }
+  // f(row, column, element, x, ...) with the elements of a tile of the same shape.
+  template <class F, int R, int C, class... More>
+  STOKER_DEVICE void each_with(const Tile<R, C> &tile, F f, Acc<R, C> &acc, More &...more) {
+    const Place<R, C> at(*this);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+      each_pair(tile, at, i, [&](int j, float first, float second) {
+        f(at.row(i), at.column(j, i), first, acc.x[j][i], more.x[j][i]...);
+        f(at.row(i), at.column(j, i + 1), second, acc.x[j][i + 1], more.x[j][i + 1]...);
+      });
+  }
+  // f(j, element i, element i + 1) of a thread's place in a tile, for every j.
+  template <int R, int C, class F>
+  STOKER_DEVICE void each_pair(const Tile<R, C> &tile, const Place<R, C> &at, int i, F f) {
+    const int start = tile.index(at.row(i), at.column(0, 0));
+#pragma unroll
+    for (int j = 0; j < Acc<R, C>::tiles; ++j) {
+      const uint32_t pair = shared_load(reinterpret_cast<const uint32_t *>(tile.at + tile.along(start, j * 8)));
+      f(j, bf16::from_bits(pair << 16), bf16::from_bits(pair & 0xffff0000u));
+    }
+  }
   template <int R, int C>
   STOKER_DEVICE void put(Tile<R, C> &tile, const Acc<R, C> &acc) {
     const Place<R, C> at(*this);
@@ -209,16 +257,22 @@ struct BlockTiles {
   }
   template <class F>
   STOKER_DEVICE void rows(int n, F f) {
+#pragma unroll 1
     for (int i = opaque(thread); i < n; i += kThreads) f(i);
   }
   template <int R, int C, class F>
   STOKER_DEVICE void scale_rows(Tile<R, C> &tile, F factor) {
-    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
-      int r = i / (C / 2), c = i % (C / 2) * 2;
-      float by = factor(r);
-      uint32_t *at = reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair = shared_load(at);
-      float first = bf16::from_bits(pair << 16) * by, second = bf16::from_bits(pair & 0xffff0000u) * by;
-      shared_store(at, round_pair(first, second));
+    constexpr int step = kThreads / (C / 8);
+    const int i = opaque(thread), r = i / (C / 8), c = i % (C / 8) * 8;
+    uint16_t *at = tile.at + tile.index(r, c);
+#pragma unroll
+    for (int j = 0; j < R / step; ++j) {
+      Part *part = reinterpret_cast<Part *>(at + j * step * 64);
+      const float by = factor(r + j * step);
+      Part words = shared_load(part);
+      for (uint32_t &pair : words.words)
+        pair = round_pair(bf16::from_bits(pair << 16) * by, bf16::from_bits(pair & 0xffff0000u) * by);
+      shared_store(part, words);
     }
   }
   template <int R, int C>

@@ -25,14 +25,12 @@ int backward_heads(const DeltaParams &p, int begin, int end) {
   using Real = typename Program::Real;
   Scratchpad<typename Program::Shared> shared;
   typename Program::Executor x;
-  const int group = p.num_v_heads / p.num_qk_heads, gates = Program::gates(p);
+  const int group = p.num_v_heads / p.num_qk_heads;
+  const typename Program::Target to = {(Element *)p.dq, (Element *)p.dk,  (Real *)p.dg,
+                                       (Real *)p.dbeta, p.num_qk_heads, p.num_v_heads};
   for (int head = begin * group; head < end * group; ++head)
-    for (int segment = 0; segment < p.num_segments; ++segment) {
-      const int64_t at = int64_t(head / group) * p.key_dim;
-      Program::run(x, *shared, p, segment, head, 0,
-                   {(Element *)p.dq + at, (Element *)p.dk + at, (Real *)p.dg + head * gates, (Real *)p.dbeta + head,
-                    int64_t(p.num_qk_heads) * p.key_dim, p.num_v_heads, head % group != 0});
-    }
+    for (int segment = 0; segment < p.num_segments; ++segment)
+      Program::run(x, *shared, p, segment, head, 0, to, head / group, head, head % group != 0);
   return 0;
 }
 

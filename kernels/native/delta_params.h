@@ -16,7 +16,8 @@ struct DeltaParams {
   const void *initial;             // [S, Hv, K, V], or null for zeros
   void *o;                         // [N, Hv, V]
   void *final;                     // [S, Hv, K, V]
-  void *states, *errors, *solved;  // `slots` chunks: [slots, Hv, K, V], [slots, Hv, C, V], [slots, Hv, C, C]
+  // `slots` chunks: [slots, Hv, K, V], [slots, Hv, C, V], [slots, Hv, C, C]; inside a head's matrix as the executor likes.
+  void *states, *errors, *solved;
   const void *d_o, *d_final;       // cotangents, as o and final
   void *dq, *dk, *dv, *dg, *dbeta, *dinitial;  // as the inputs, contiguous
   void *workspace;                 // GPU backward: as many bytes as the library's query says

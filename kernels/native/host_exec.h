@@ -93,6 +93,7 @@ struct HostExec {
   template <int N>
   struct Scratch {};
 
+  int anew(int i) { return i; }
   void sync() {}
   // The accumulators of products are complete only after this.
   template <class... Accs>
@@ -111,6 +112,15 @@ struct HostExec {
   void store(E* to, int64_t stride, int rows, const Tile<R, C>& tile) {
     for (int r = 0; r < rows; ++r) memcpy(to + r * stride, tile.at + r * C, C * sizeof(E));
   }
+  // A whole tile of the workspace, in the executor's own layout.
+  template <int R, int C>
+  void load_image(Tile<R, C>& tile, const E* from) {
+    memcpy(tile.at, from, sizeof tile.at);
+  }
+  template <int R, int C>
+  void store_image(E* to, const Tile<R, C>& tile) {
+    memcpy(to, tile.at, sizeof tile.at);
+  }
   template <int N>
   void load_vector(Vector<N>& to, const Real* from, int64_t stride, int rows) {
     for (int r = 0; r < N; ++r) to[r] = r < rows ? from[r * stride] : Real(0);
@@ -126,6 +136,12 @@ struct HostExec {
   template <int R, int C>
   void zero(Acc<R, C>& acc) {
     memset(acc.at, 0, sizeof acc.at);
+  }
+  // acc = op(a) op(b).
+  template <bool TransA, bool TransB, int R, int C, int AR, int AC, int BR, int BC>
+  void start(Acc<R, C>& acc, const Tile<AR, AC>& a, const Tile<BR, BC>& b) {
+    zero(acc);
+    product<TransA, TransB>(acc, a, b);
   }
   // acc += op(a) op(b).
   template <bool TransA, bool TransB, int R, int C, int AR, int AC, int BR, int BC>
@@ -232,6 +248,13 @@ struct HostExec {
 #pragma GCC ivdep
       for (int c = 0; c < C; ++c) f(r, c, acc.at[r * C + c], more.at[r * C + c]...);
   }
+  // f(row, column, element, x, ...) with the elements of a tile of the same shape.
+  template <class F, int R, int C, class... More>
+  void each_with(const Tile<R, C>& tile, F f, Acc<R, C>& acc, More&... more) {
+    for (int r = 0; r < R; ++r)
+#pragma GCC ivdep
+      for (int c = 0; c < C; ++c) f(r, c, tile(r, c), acc.at[r * C + c], more.at[r * C + c]...);
+  }
   template <int R, int C>
   void put(Tile<R, C>& tile, const Acc<R, C>& acc) {
     for (int i = 0; i < R * C; ++i) tile.at[i] = E(acc.at[i]);
@@ -262,12 +285,22 @@ struct HostExec {
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) to.part[0][c] += acc.at[r * C + c];
   }
+  // to.part[r] += sum over c of tile(r, c) x.
+  template <int R, int C>
+  void row_dots(RowSums<R>& to, const Tile<R, C>& tile, const Acc<R, C>& acc) {
+    row_sums(to, [&](int r, int c, Real x) { return x * tile(r, c); }, acc);
+  }
   // to.part += sum over all of f(r, c, x).
   template <int R, int C, class F>
   void total(Total& to, F f, const Acc<R, C>& acc) {
     RowSums<R> sums = {};
     row_sums(sums, f, acc);
     for (Real sum : sums.part[0].at) to.part[0] += sum;
+  }
+  // to.part += sum over all of tile(r, c) x.
+  template <int R, int C>
+  void total_dot(Total& to, const Tile<R, C>& tile, const Acc<R, C>& acc) {
+    total(to, [&](int r, int c, Real x) { return x * tile(r, c); }, acc);
   }
   // to[j] += sum over r >= j > i of x_ri: what passes token j. Additions only, so that a tiny sum keeps its digits.
   template <int N>
@@ -285,12 +318,30 @@ struct HostExec {
     Wide sum = 0;
     for (int i = 0; i < N; ++i) to[i] = sum += from[i];
   }
-  // tile = (I + L)^-1 for the part of acc strictly below the diagonal, which is L; acc is used up.
+  // And f(i, sum to i, sum of all) for every i.
+  template <int N, class F>
+  void running_sum(Vector<N, Wide>& to, const Vector<N>& from, F f) {
+    running_sum(to, from);
+    for (int i = 0; i < N; ++i) f(i, to[i], to[N - 1]);
+  }
+  // to[i] += sum of `from_here` from i on + sum of `before` before i + `everywhere`: additions only.
+  template <int N, class From, class Before, class Everywhere>
+  void around_sums(Vector<N>& to, From from_here, Before before, Everywhere everywhere) {
+    Real sum = everywhere();
+    for (int i = 0; i < N; ++i) {
+      to[i] += sum;
+      sum += before(i);
+    }
+    sum = 0;
+    for (int i = N - 1; i >= 0; --i) to[i] += sum += from_here(i);
+  }
+  // tile = T - I, T = (I + L)^-1, for the L that acc has below the diagonal: zeros on the diagonal and above. T's unit
+  // diagonal is for the caller to add in Real, where rounding costs it nothing. acc is used up.
   template <int N>
   void unit_lower_inverse(Tile<N, N>& tile, Acc<N, N>& acc, Scratch<N>&) {
     for (int r = 0; r < N; ++r) {
       Real row[N] = {};
-      row[r] = 1;
+      for (int c = 0; c < r; ++c) row[c] = -acc.at[r * N + c];
       for (int i = 0; i < r; ++i) {
         Real factor = acc.at[r * N + i];
         for (int c = 0; c < N; ++c) row[c] -= factor * acc.at[i * N + c];

@@ -27,8 +27,8 @@ Shared &shared_memory() {
 }
 
 // The blocks run one after the other; `stream` carries the seed of their order and of their threads' order.
-template <class Params>
-int launch(const char *name, void (*kernel)(Params), int grid_x, int grid_y, int threads, size_t shared, void *stream,
+template <class Kernel, class Params>
+int launch(const char *name, Kernel *kernel, int grid_x, int grid_y, int threads, size_t shared, void *stream,
            const Params &params) {
   if (grid_y > 65535) return 9;  // cudaErrorInvalidConfiguration
   const unsigned seed = unsigned(reinterpret_cast<uintptr_t>(stream));
@@ -63,8 +63,8 @@ STOKER_DEVICE Shared &shared_memory() {
   return *reinterpret_cast<Shared *>(memory);
 }
 
-template <class Params>
-int launch(const char *, void (*kernel)(Params), int grid_x, int grid_y, int threads, size_t shared, void *stream,
+template <class Kernel, class Params>
+int launch(const char *, Kernel *kernel, int grid_x, int grid_y, int threads, size_t shared, void *stream,
            const Params &params) {
   if (grid_x == 0 || grid_y == 0) return 0;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));

@@ -27,6 +27,9 @@ STOKER_DEVICE int opaque(int x) {
   return x;
 }
 
+// x, which is the same in all lanes: the compiler may keep it, and what follows from it, once for a warp.
+STOKER_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 STOKER_DEVICE uint32_t shared_address(const void *at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
 STOKER_DEVICE void block_barrier() { __syncthreads(); }
@@ -90,6 +93,64 @@ STOKER_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Writes to shared memory made so far become visible to what reads it beside the threads (wgmma).
+STOKER_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#if defined(STOKER_WARPGROUP)
+// Products of four warps, d [64, N] += a [64, 16] b [16, N], both operands in shared memory (PTX ISA 9.0, "Asynchronous
+// warpgroup-level matrix multiply-accumulate"). Thread t has of d what mma.m16n8k16 gives it in warp t / 32's 16 rows.
+// Asynchronous: accumulators and operands may be touched again after warpgroup_wait.
+//
+// The descriptor of an operand in the 128-byte swizzle that starts at `at`, of which 8 rows of 128 bytes make an atom.
+// `stride`: bytes from an atom to the next along the rows. `leading`: from a panel of 64 columns to the next, read only
+// where the operand is transposed, its columns being what is not summed over.
+STOKER_DEVICE uint64_t operand_descriptor(const void *at, int leading, int stride) {
+  return uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(leading >> 4 & 0x3fff) << 16 |
+         uint64_t(stride >> 4 & 0x3fff) << 32 | uint64_t(1) << 62;
+}
+STOKER_DEVICE void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+STOKER_DEVICE void warpgroup_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+STOKER_DEVICE void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// The compiler neither reads nor writes x across this.
+STOKER_DEVICE void pin(float &x) { asm volatile("" : "+f"(x)::"memory"); }
+
+#define STOKER_D(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define STOKER_D4(j) STOKER_D(j), STOKER_D(j + 1), STOKER_D(j + 2), STOKER_D(j + 3)
+// `Add` false: d = a b.
+template <bool Add, bool TransA, bool TransB>
+STOKER_DEVICE void warpgroup_multiply_add(float (&d)[4][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{ .reg .pred add; setp.ne.b32 add, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+      "%16, %17, add, 1, 1, %19, %20; }"
+      : STOKER_D4(0)
+      : "l"(a), "l"(b), "n"(Add), "n"(TransA), "n"(TransB));
+}
+template <bool Add, bool TransA, bool TransB>
+STOKER_DEVICE void warpgroup_multiply_add(float (&d)[8][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{ .reg .pred add; setp.ne.b32 add, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+      "%26,%27,%28,%29,%30,%31}, "
+      "%32, %33, add, 1, 1, %35, %36; }"
+      : STOKER_D4(0), STOKER_D4(4)
+      : "l"(a), "l"(b), "n"(Add), "n"(TransA), "n"(TransB));
+}
+template <bool Add, bool TransA, bool TransB>
+STOKER_DEVICE void warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{ .reg .pred add; setp.ne.b32 add, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+      "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"
+      "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "%64, %65, add, 1, 1, %67, %68; }"
+      : STOKER_D4(0), STOKER_D4(4), STOKER_D4(8), STOKER_D4(12)
+      : "l"(a), "l"(b), "n"(Add), "n"(TransA), "n"(TransB));
+}
+#undef STOKER_D4
+#undef STOKER_D
+#endif
 
 STOKER_DEVICE float exponential2(float x) {
   float y;

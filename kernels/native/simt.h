@@ -3,12 +3,15 @@
 // What it is for: the code that a GPU will run, index by index, is run and checked without one. It is strict where a GPU
 // is silently lucky: shared memory and local variables start as NaN, asynchronous copies leave NaN until they are waited
 // for, threads run in an order drawn from a seed, and a shared-memory access that races with another thread's since the
-// last barrier fails the run and names the two threads. Not modelled: memory ordering finer than barriers, timing, warps that diverge.
+// last barrier fails the run and names the two threads. A warpgroup's products read their operands when they are waited
+// for, and refuse what was not fenced; their accumulators are NaN until then. Not modelled: memory ordering finer than barriers, timing, warps that diverge.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +25,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace stoker {
 namespace simt {
@@ -36,6 +40,14 @@ struct Copy {
   bool valid;
 };
 
+// A product of a warpgroup that has been issued and not waited for; `d` is NaN meanwhile.
+struct Product {
+  float *d;
+  int columns;
+  uint64_t a, b;
+  bool transposed_a, transposed_b;
+};
+
 struct Warp {
   // Two sets of mailboxes: a lane can be one collective ahead of another, never two.
   unsigned char mail[2][kLanes][64];
@@ -48,6 +60,10 @@ struct Fiber {
   jmp_buf place;
   bool started = false;
   std::vector<Copy> copies;
+  std::vector<Product> products;
+  std::vector<std::vector<float>> accumulators;  // what a product adds to, if no other waits to be made there first
+  std::vector<size_t> unfenced;                   // words written since the last fence_async_proxy
+  bool open = false;                              // between warpgroup_begin and warpgroup_end
   int thread;
   bool done = false;
 };
@@ -56,6 +72,7 @@ struct Fiber {
 struct Access {
   unsigned write_epoch = 0, read_epoch = 0;
   int writer = -1, reader = -1;
+  bool fenced = true;  // does what reads shared memory beside the threads see the last write
 };
 
 struct Block {
@@ -92,6 +109,11 @@ inline void resume(Fiber &f) {
   swapcontext(&block->caller, &f.context);
 }
 
+[[noreturn]] inline void fail(const char *what) {
+  fprintf(stderr, "%s: thread %d: %s\n", block->kernel, block->self->thread, what);
+  abort();
+}
+
 inline void race(const char *what, ptrdiff_t offset, int other) {
   if (races++ < 10)
     fprintf(stderr, "%s, block (%d, %d): thread %d %s of thread %d, shared byte %td\n", block->kernel, block->x, block->y,
@@ -114,6 +136,8 @@ inline void touch(const void *at, size_t bytes, bool write) {
     if (write) {
       a.write_epoch = block->epoch;
       a.writer = me;
+      a.fenced = false;
+      block->self->unfenced.push_back(word);
     } else if (a.read_epoch != block->epoch || a.reader == me) {
       a.read_epoch = block->epoch;
       a.reader = me;
@@ -132,6 +156,7 @@ inline void begin_copy(const Copy &copy) {
 
 inline void entry() {
   block->body();
+  if (!block->self->products.empty()) fail("products that nobody waited for");
   block->self->done = true;
   _longjmp(block->scheduler, 1);
 }
@@ -210,6 +235,7 @@ STOKER_DEVICE int block_x() { return simt::block->x; }
 STOKER_DEVICE int block_y() { return simt::block->y; }
 
 STOKER_DEVICE int opaque(int x) { return x; }
+STOKER_DEVICE int uniform(int x) { return x; }
 
 STOKER_DEVICE void block_barrier() {
   unsigned epoch = simt::block->epoch;
@@ -301,6 +327,93 @@ STOKER_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t 
     }
     d[i] += sum;
   }
+}
+
+STOKER_DEVICE void fence_async_proxy() {
+  for (size_t word : simt::block->self->unfenced)
+    if (simt::block->accesses[word].writer == thread_index()) simt::block->accesses[word].fenced = true;
+  simt::block->self->unfenced.clear();
+}
+
+STOKER_DEVICE uint64_t operand_descriptor(const void *at, int leading, int stride) {
+  const uint64_t offset = static_cast<const unsigned char *>(at) - simt::block->shared;
+  return offset >> 4 | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+}
+STOKER_DEVICE void warpgroup_begin() { simt::block->self->open = true; }
+STOKER_DEVICE void warpgroup_end() { simt::block->self->open = false; }
+STOKER_DEVICE void pin(float &) {}
+
+namespace simt {
+
+// Element (i, t) of an operand, t along the sum: canonical layouts of the 128-byte swizzle.
+inline float operand(uint64_t descriptor, bool transposed, int i, int t) {
+  if (descriptor >> 62 != 1) fail("an operand is not in the 128-byte swizzle");
+  auto bytes = [&](int bit) { return (descriptor >> bit & 0x3fff) << 4; };
+  const size_t start = bytes(0), leading = bytes(16), stride = bytes(32);
+  size_t at = transposed ? start + i % 64 * 2 + i / 64 * leading + t % 8 * 128 + t / 8 * stride
+                         : start + t * 2 + i % 8 * 128 + i / 8 * stride;
+  at ^= (at >> 7 & 7) << 4;
+  touch(block->shared + at, 2, false);
+  if (!block->accesses[at / 4].fenced) fail("a product reads what its writer has not fenced");
+  uint16_t bits;
+  memcpy(&bits, block->shared + at, 2);
+  return bf16::from_bits(uint32_t(bits) << 16);
+}
+
+// What a thread reads for its part must be there when a product is issued.
+inline void look(const Product &p) {
+  for (int t = 0; t < 16; t += p.transposed_a ? 1 : 2) operand(p.a, p.transposed_a, block->self->thread % 64, t);
+  for (int t = 0; t < 16; t += p.transposed_b ? 1 : 2) operand(p.b, p.transposed_b, block->self->thread % p.columns, t);
+}
+
+// One thread's part of a product.
+inline void multiply(const Product &p) {
+  const int lane = block->self->thread % kLanes, warp = block->self->thread / kLanes % 4;
+  float left[2][16];
+  for (int half = 0; half < 2; ++half)
+    for (int t = 0; t < 16; ++t) left[half][t] = operand(p.a, p.transposed_a, warp * 16 + lane / 4 + half * 8, t);
+  for (int j = 0; j < p.columns / 8; ++j)
+    for (int odd = 0; odd < 2; ++odd) {
+      float sum[2] = {};
+      for (int t = 0; t < 16; ++t) {
+        const float right = operand(p.b, p.transposed_b, j * 8 + lane % 4 * 2 + odd, t);
+        for (int half = 0; half < 2; ++half) sum[half] += left[half][t] * right;
+      }
+      for (int half = 0; half < 2; ++half) p.d[j * 4 + half * 2 + odd] += sum[half];
+    }
+}
+
+}  // namespace simt
+
+template <bool Add, bool TransA, bool TransB, int Tiles>
+STOKER_DEVICE void warpgroup_multiply_add(float (&d)[Tiles][4], uint64_t a, uint64_t b) {
+  simt::Fiber &self = *simt::block->self;
+  if (!self.open) simt::fail("a warpgroup's product outside warpgroup_begin and warpgroup_end");
+  constexpr int count = Tiles * 4;
+  float *at = reinterpret_cast<float *>(&d);
+  bool pending = false;
+  for (const simt::Product &product : self.products) pending |= product.d == at;
+  std::vector<float> before;
+  if (!Add)
+    before.assign(count, 0.0f);
+  else if (!pending)
+    before.assign(at, at + count);
+  self.accumulators.push_back(std::move(before));
+  self.products.push_back({at, Tiles * 8, a, b, TransA, TransB});
+  std::fill(at, at + count, NAN);
+  simt::look(self.products.back());
+}
+// The operands are read as late as they may be.
+STOKER_DEVICE void warpgroup_wait() {
+  simt::Fiber &self = *simt::block->self;
+  if (self.open) simt::fail("a wait for products that were not committed");
+  for (size_t i = 0; i < self.products.size(); ++i) {
+    const std::vector<float> &before = self.accumulators[i];
+    if (!before.empty()) memcpy(self.products[i].d, before.data(), before.size() * sizeof(float));
+    simt::multiply(self.products[i]);
+  }
+  self.products.clear();
+  self.accumulators.clear();
 }
 
 STOKER_DEVICE float exponential2(float x) { return std::exp2(x); }

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kernels import registry
+from kernels.chunk_size import CHUNK
 from kernels.chunks import chunk_table
-from kernels.delta_chunks import CHUNK
 from kernels.delta_op import check_shapes
 from kernels.gated_delta.reference import gated_delta_reference
 from kernels.kda.reference import kda_reference

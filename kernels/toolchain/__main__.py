@@ -1,4 +1,4 @@
-"""Build every library and print how it came out."""
+"""Build the libraries and print how they came out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 from kernels.toolchain.libraries import build_all
 from kernels.toolchain.report import table
+from kernels.toolchain.sources import best_isa, known_isas
 from kernels.toolchain.tools import ARCHITECTURES
 from stoker.errors import Refusal
 
@@ -16,11 +17,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.toolchain", description=__doc__)
     parser.add_argument("--arch", action="append", choices=list(ARCHITECTURES), help="may be repeated; all by default")
     parser.add_argument(
-        "--check", action="store_true", help="fail on local memory in a loop, and on what ptxas warns of"
+        "--isa",
+        action="append",
+        choices=known_isas(),
+        help="may be repeated, for other machines that share the cache; this processor's best by default",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="every --isa by default, and fail on local memory in a loop and on what ptxas warns of",
     )
     options = parser.parse_args(arguments)
+    isas = options.isa or (known_isas() if options.check else [best_isa()])
     try:
-        reports = build_all(options.arch or tuple(ARCHITECTURES))
+        reports = build_all(options.arch or tuple(ARCHITECTURES), isas)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from kernels.toolchain import cache, ptxas, sources
-from kernels.toolchain.sources import Unit
+from kernels.toolchain.sources import HOST, SIMT, Unit
 from kernels.toolchain.tools import CudaToolkit, HostCompiler, Unavailable
 from stoker import canonical
 from stoker.errors import Refusal
 
-HOST, SIMT = "host", "simt"
 #: Never -ffast-math: it would let the compiler reorder sums and drop NaN.
 HOST_FLAGS = (
     "-std=c++17",
@@ -48,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a library's bytes but the tools: `target` is HOST, SIMT or a GPU architecture as "sm_90a"."""
+    """All that decides a library's bytes but the tools: `target` is that of an instruction set ("host_avx2"), SIMT, or
+    a GPU architecture ("sm_90a")."""
 
     target: str
     home: Path
@@ -66,21 +66,22 @@ class Recipe:
         return canonical.sha256([self.target, platform.machine(), units, flags, files])
 
     def key(self, versions: Mapping[str, str]) -> str:
-        return canonical.sha256([cache.VERSION, self.contents, dict(versions)])[:32]
+        """Name of its entry in the cache."""
+        return f"{self.target}-{canonical.sha256([cache.VERSION, self.contents, dict(versions)])[:32]}"
 
 
 def recipe(target: str, home: Path) -> Recipe:
     """What there is to build for a target. Unavailable if the package has no source for it."""
-    if target == HOST:
-        found = Recipe(target, home, tuple(sources.host_units(home)), HOST_FLAGS, HOST_LINK)
-    elif target == SIMT:
+    kind, _, which = target.partition("_")
+    if kind == HOST:
+        found = Recipe(target, home, tuple(sources.host_units(home, which)), HOST_FLAGS, HOST_LINK)
+    elif kind == SIMT:
         found = Recipe(target, home, tuple(sources.cuda_units(home)), SIMT_FLAGS, HOST_LINK)
     else:
-        number = target.removeprefix("sm_")
-        flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}")
-        found = Recipe(target, home, tuple(sources.cuda_units(home)), flags, CUDA_LINK)
+        flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{which},code=sm_{which}")
+        found = Recipe(target, home, tuple(sources.cuda_units(home, target)), flags, CUDA_LINK)
     if not found.units:
-        raise Unavailable(f"no {'C++' if target == HOST else 'CUDA'} sources under {home}")
+        raise Unavailable(f"no {'C++' if kind == HOST else 'CUDA'} sources under {home}")
     return found
 
 

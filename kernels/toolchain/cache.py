@@ -3,6 +3,10 @@
 ``$STOKER_CACHE/native/<key>/`` (default ``~/.cache/stoker``, or under XDG_CACHE_HOME) holds the library and
 ``build.json``, its record, with the library's SHA-256. An entry is made in a folder beside it and renamed, by one
 process of a machine at a time; one that is killed leaves a folder that is never read, and the next one removes it.
+
+Who builds also removes what was not used for longest. A process locks the record of an entry that it found, shared, for
+as long as it lives, and an entry goes only under a lock that nobody shares: on a file system of several machines a
+library that vanished would take its users with it.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stoker import formats
 from stoker.errors import Refusal
@@ -26,6 +31,8 @@ from stoker.files import write_atomic
 
 FORMAT, VERSION = "native-build", 1
 RECORD = "build.json"
+#: Entries of a target that are left when another is made, and how stale the time of their last use may be.
+KEPT, USE_SECONDS = 8, 3600.0
 
 logger = logging.getLogger(__name__)
 
@@ -53,33 +60,56 @@ def folder() -> Path:
 
 
 def find(key: str) -> Entry | None:
-    """The entry, its library compared with its hash; None if it is not there. Damage is told, and counts as absence."""
+    """The entry, its library compared with its hash, and in use from now on; None if it is not there. Damage is told,
+    and counts as absence."""
     place = folder() / key
     if not os.access(place, os.X_OK):
         return None
     try:
         return _read(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("damaged build %s (%s): it is not used", place, error)
+        if place.exists():  # and was not removed meanwhile
+            logger.warning("damaged build %s (%s): it is not used", place, error)
         return None
 
 
+#: Folder of each entry that is in use in this process -> its record, open and locked.
+_in_use: dict[Path, BinaryIO] = {}
+
+
 def _read(place: Path) -> Entry:
-    record = json.loads((place / RECORD).read_bytes())
-    formats.require(record, FORMAT, VERSION, place / RECORD)
-    library = place / record["library"]
-    with open(library, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != record["sha256"]:
-        raise ValueError(f"{library.name} is not what was built")
+    file = open(place / RECORD, "rb")  # noqa: SIM115 - closed with the process, unless something is wrong
+    try:
+        with suppress(OSError):  # of file systems without locks, where nothing is removed
+            fcntl.flock(file, fcntl.LOCK_SH)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(place / RECORD)):
+            raise FileNotFoundError(f"{place} was removed, and made anew, while the lock was waited for")
+        record = json.loads(file.read())
+        formats.require(record, FORMAT, VERSION, place / RECORD)
+        library = place / record["library"]
+        with open(library, "rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != record["sha256"]:
+            raise ValueError(f"{library.name} is not what was built")
+    except BaseException:
+        file.close()
+        raise
+    if time.time() - os.fstat(file.fileno()).st_mtime > USE_SECONDS:
+        with suppress(OSError):  # of a cache that only others may write
+            os.utime(place / RECORD)
+    if former := _in_use.get(place):
+        former.close()
+    _in_use[place] = file
     return Entry(library, record)
 
 
 def find_built_elsewhere(contents: str) -> Entry | None:
-    """The newest whole entry of the same `contents` (a hash), by whatever compiler: for machines that have none."""
-    newest_first = sorted(folder().glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    alike = (path.parent.name for path in newest_first if contents in path.read_text())
-    return next((entry for key in alike if (entry := find(key))), None)
+    """The last used whole entry of the same `contents` (a hash), by whatever compiler: for machines that have none."""
+    for place in sorted((path.parent for path in folder().glob(f"*/{RECORD}")), key=_last_use, reverse=True):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            if contents in (place / RECORD).read_text() and (entry := find(place.name)):
+                return entry
+    return None
 
 
 def obtain(key: str, target: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
@@ -105,9 +135,11 @@ def obtain(key: str, target: str, build: Callable[[Path], dict[str, Any]]) -> En
             record = build(staging)
             write_atomic(staging / RECORD, json.dumps({"format": formats.stamp(FORMAT, VERSION), **record}, indent=1))
             _publish(staging, place)
+            entry = find(key)
+            if alone:
+                _prune(target, place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    entry = find(key)
     if entry is None:
         raise Refusal(f"{place}: what was just built cannot be read back; set STOKER_CACHE to a folder on a sound disk")
     return Entry(entry.library, entry.record, made=True)
@@ -120,6 +152,23 @@ def _publish(staging: Path, place: Path) -> None:
     except OSError:
         if not place.exists():
             raise
+
+
+def _prune(target: str, made: Path) -> None:
+    """Remove all entries of a target but ``made``, the KEPT - 1 that were used last, and those in use."""
+    others = {path.parent for path in folder().glob(f"{target}-*/{RECORD}")} - {made}
+    for place in sorted(others, key=_last_use, reverse=True)[KEPT - 1 :]:
+        with suppress(OSError), open(place / RECORD, "r+b") as record:  # NFS locks alone what is open for writing only
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            away = place.rename(folder() / f".{target}-{uuid.uuid4().hex}.tmp")
+            shutil.rmtree(away, ignore_errors=True)
+
+
+def _last_use(place: Path) -> float:
+    try:
+        return (place / RECORD).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 @contextmanager

@@ -10,23 +10,23 @@ from functools import cache
 from pathlib import Path
 
 from kernels.toolchain import build as builder
-from kernels.toolchain.build import HOST, SIMT
 from kernels.toolchain.cache import Entry, find_built_elsewhere
 from kernels.toolchain.library import Library
 from kernels.toolchain.report import BuildReport
-from kernels.toolchain.sources import HOME
+from kernels.toolchain.sources import HOME, HOST, SIMT, best_isa, host_target, known_isas
 from kernels.toolchain.tools import ARCHITECTURES, Unavailable, cuda_toolkit, host_compiler
 from stoker.errors import Refusal
 
 logger = logging.getLogger(__name__)
 
 
-def host_library() -> Library | None:
-    """The kernels compiled for this machine's processor; None if they cannot be had here, and `why_not` says why.
+def host_library(isa: str | None = None) -> Library | None:
+    """The kernels compiled for the best instruction set of this machine's processor, or for `isa`; None if they cannot
+    be had here, and `why_not` says why.
 
     Refusal if they should be there and are not right: a source that does not compile, a cache that cannot be written.
     """
-    return _library(HOST)
+    return _library(host_target(isa) if isa else HOST)
 
 
 def cuda_library(arch: str | None = None) -> Library | None:
@@ -48,27 +48,37 @@ def emulated_library() -> Library | None:
 def why_not(target: str = HOST) -> str:
     """The reason why there is no library; empty if there is one.
 
-    `target`: "host", "simt" (emulated), an architecture, or "cuda" (that of this machine's devices).
+    `target`: "host", "host_avx2" and the like, "simt" (emulated), an architecture, or "cuda" (that of this machine's
+    devices).
     """
     found = _attempt(target)
     return found if isinstance(found, str) else ""
 
 
-def build_all(archs: Sequence[str] = tuple(ARCHITECTURES), home: Path = HOME) -> list[BuildReport]:
-    """Find or build the host library and one for each architecture. Refusal as above."""
-    return [_report(target, home) for target in (HOST, *archs)]
+def build_all(
+    archs: Sequence[str] = tuple(ARCHITECTURES), isas: Sequence[str] | None = None, home: Path = HOME
+) -> list[BuildReport]:
+    """Find or build a library for each architecture and each instruction set, all of them by default. Refusal as
+    above."""
+    isas = known_isas() if isas is None else isas
+    return [_report(target, home) for target in (*map(host_target, isas), *archs)]
 
 
 def obtain(target: str, home: Path = HOME) -> Entry:
     """The library's file. Unavailable if it cannot be had here; where there is no compiler, one that another machine
-    left in the cache from the same sources will do."""
-    if target not in (HOST, SIMT, *ARCHITECTURES):
-        raise Refusal(f"kernels are not built for {target!r}: choose from {', '.join(ARCHITECTURES)}")
-    recipe = builder.recipe(target, home)
+    left in the cache from the same sources will do, and for "host" one for an older instruction set than the best."""
+    sets = known_isas()
+    hosts = [*map(host_target, sets)]
+    if target not in (HOST, *hosts, SIMT, *ARCHITECTURES):
+        known = ", ".join((*hosts, SIMT, *ARCHITECTURES))
+        raise Refusal(f"kernels are not built for {target!r}: choose from {known}")
+    best, *older = hosts[sets.index(best_isa()) :: -1] if target == HOST else [target]
+    recipe = builder.recipe(best, home)
     try:
-        tools = host_compiler() if target in (HOST, SIMT) else cuda_toolkit(target)
+        tools = cuda_toolkit(target) if target in ARCHITECTURES else host_compiler()
     except Unavailable as missing:
-        entry = find_built_elsewhere(recipe.contents)
+        alike = (find_built_elsewhere(builder.recipe(name, home).contents) for name in (best, *older))
+        entry = next(filter(None, alike), None)
         if entry is None:
             raise
         logger.info("%s kernels: %s; %s was built by %s", target, missing, entry.library, entry.record["tools"])

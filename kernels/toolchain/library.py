@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kernels.toolchain.sources import HOST
 from stoker.errors import Refusal
 
 #: What ``int stoker_abi_version(void)`` of a library must return: it changes with the meaning of any parameter struct.
@@ -49,6 +50,16 @@ class Library:
                 "files are of different releases; install Stoker anew"
             )
 
+    @property
+    def isa(self) -> str | None:
+        """Of a host library the instruction set, which its functions have behind their names."""
+        kind, _, isa = self.target.partition("_")
+        return isa if kind == HOST else None
+
+    def has(self, name: str) -> bool:
+        """Whether it has the function `name`: not every architecture has all."""
+        return hasattr(self._loaded, name)
+
     def function(self, name: str, params: type[Params], *more: type[Any]) -> Callable[..., None]:
         """The function `name`, called with a `params` and with arguments of the ctypes in `more`.
 
@@ -87,7 +98,7 @@ class Library:
         return symbol
 
     def _explanation(self, code: int) -> str:
-        if not hasattr(self._loaded, "stoker_error_text"):
+        if not self.has("stoker_error_text"):
             return ""
         text = self._symbol("stoker_error_text", ctypes.c_char_p, [ctypes.c_int])(code)
         return f" ({text.decode(errors='replace')})" if text else ""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from kernels.toolchain.tools import ARCHITECTURES
 from stoker.errors import Refusal
 
+#: Of this machine's processor: the kernels, and the CUDA sources with their thread blocks emulated.
+HOST, SIMT = "host", "simt"
 #: The folder that is searched, and the include path of every source.
 HOME = Path(__file__).resolve().parent.parent
 #: Instruction set -> flags of g++ and clang++, oldest first; processors other than x86-64 have their baseline only.
@@ -30,26 +35,12 @@ class Unit:
     isa: str | None = None
 
 
-def host_units(home: Path, machine: str | None = None) -> list[Unit]:
-    """Every ``host/*.cpp``, once, or once for each instruction set of a first line ``// isa: baseline avx2 avx512``.
-
-    In the order in which they are linked, the oldest instruction set first: of an inline function that several objects
-    carry the linker keeps the first, and that one must run on every machine.
-    """
-    x86 = (machine or platform.machine()) in ("x86_64", "AMD64")
-    units = []
-    for path in sorted(home.rglob("host/*.cpp")):
-        source = path.relative_to(home).as_posix()
-        isas: list[str | None] = [*_instruction_sets(path)] or [None]
-        for isa in isas:
-            if isa not in (None, *ISA_FLAGS):
-                raise Refusal(f"{path}, line 1: instruction set {isa!r} is unknown: choose from {', '.join(ISA_FLAGS)}")
-            if x86 or isa in (None, "baseline"):
-                units.append(Unit(source, isa))
-    order = list(ISA_FLAGS)
-    return sorted(units, key=lambda unit: order.index(unit.isa or "baseline"))
+def known_isas(machine: str | None = None) -> list[str]:
+    """The instruction sets that a kind of machine, by default this one, has libraries for, oldest first."""
+    return list(ISA_FLAGS) if (machine or platform.machine()) in ("x86_64", "AMD64") else ["baseline"]
 
 
+@cache
 def best_isa() -> str:
     """The newest set of ISA_FLAGS whose instructions this machine's processor has all of."""
     found = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
@@ -57,15 +48,42 @@ def best_isa() -> str:
     return next(isa for isa, flags in reversed(ISA_FLAGS.items()) if features.issuperset(flags))
 
 
-def _instruction_sets(path: Path) -> list[str]:
+def host_target(isa: str) -> str:
+    """Every set has a library of its own, so a machine compiles what its processor runs best and nothing else."""
+    return f"{HOST}_{isa}"
+
+
+def host_units(home: Path, isa: str) -> list[Unit]:
+    """Every ``host/*.cpp`` of the library for a set: those with a first line ``// isa: baseline avx2 avx512`` that has
+    it among its words are compiled for it, those without such a line for any processor."""
+    units = []
+    for path in sorted(home.rglob("host/*.cpp")):
+        isas = _first_line(path, "isa", "instruction set", ISA_FLAGS)
+        if not isas or isa in isas:
+            units.append(Unit(path.relative_to(home).as_posix(), isa if isas else None))
+    return units
+
+
+def cuda_units(home: Path, arch: str | None = None) -> list[Unit]:
+    """Every ``cuda/*.cu`` that ``arch`` is compiled from, or all: a first line ``// arch: sm_90a`` says for which
+    architectures alone a source is."""
+    units = []
+    for path in sorted(home.rglob("cuda/*.cu")):
+        archs = _first_line(path, "arch", "architecture", ARCHITECTURES)
+        if arch is None or not archs or arch in archs:
+            units.append(Unit(path.relative_to(home).as_posix()))
+    return units
+
+
+def _first_line(path: Path, key: str, what: str, known: Collection[str]) -> list[str]:
+    """The words behind ``// <key>:``, if a source begins so. Refusal, calling it a `what`, if one is not `known`."""
     with open(path, encoding="utf-8") as file:
-        found = re.match(r"//\s*isa:(.*)", file.readline())
-    return found[1].split() if found else []
-
-
-def cuda_units(home: Path) -> list[Unit]:
-    """Every ``cuda/*.cu``."""
-    return [Unit(path.relative_to(home).as_posix()) for path in sorted(home.rglob("cuda/*.cu"))]
+        found = re.match(rf"//\s*{key}:(.*)", file.readline())
+    words = found[1].split() if found else []
+    for word in words:
+        if word not in known:
+            raise Refusal(f"{path}, line 1: {what} {word!r} is unknown: choose from {', '.join(known)}")
+    return words
 
 
 def hashes(home: Path, units: list[Unit]) -> dict[str, str]:

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kernels import bench
+from kernels import bench, registry
 from kernels.bench import gpu, peers
 from kernels.bench.peers import Peer
 from kernels.bench.problems import Problem
@@ -86,6 +87,34 @@ def test_every_kind_builds_runs_and_differentiates() -> None:
     }
 
 
+def test_every_implementation_at_home_has_rows_and_the_chosen_ones_come_first_and_bare(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A peer is timed beside the chosen one alone."""
+    ran: list[str] = []
+
+    def implementation(name: str, **more: Any) -> registry.Implementation:
+        return registry.Implementation(name, lambda o, z, weight, *_: ran.append(name) or o * z * weight, **more)
+
+    known = [
+        implementation("narrow", supports=lambda device, dtype, shape: shape[0] % 128 == 0),
+        implementation("first"),
+        implementation("slow", cost={"cpu": "much"}),
+        implementation("second"),
+        implementation("reference"),
+    ]
+    monkeypatch.setitem(registry._implementations, "epilogue", known)
+    found = rows(gpu.Task("epilogue", TINY, False))
+    phases = ("forward", "backward", "forward + backward")
+    assert [row.case.removeprefix(f"{TINY}, ") for row in found] == [*phases, *(f"{x}, by 'second'" for x in phases)]
+    assert ["'first'" in row.note for row in found] == [True] * 3 + [False] * 3
+    assert list(dict.fromkeys(ran)) == ["first", "second"]
+    ran.clear()
+    with registry.force("epilogue", "slow"):
+        assert gpu._implementations(gpu.BUILD["epilogue"](TINY, CPU)) == ["slow", "first", "second"]
+    assert len(with_peer(monkeypatch, lambda problem: problem.ours)) == 3 and {*ran} == {"first"}
+
+
 def with_peer(monkeypatch: pytest.MonkeyPatch, make: Callable[[Problem], Callable[[], torch.Tensor]]) -> list[Row]:
     monkeypatch.setitem(peers.PEERS, "epilogue", (Peer("theirs", make),))
     return rows(gpu.Task("epilogue", TINY, True))
@@ -122,7 +151,8 @@ def test_ours_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(gpu.BUILD, "kda", broken)
     first, *others = rows(gpu.Task("kda", TINY, False), gpu.Task("epilogue", TINY, False))
-    assert first.note == "not measured, OutOfMemoryError: no room" and len(others) == 3
+    assert first.note == "not measured, OutOfMemoryError: no room"
+    assert others and all(row.op == "epilogue" and row.ratio for row in others)
 
 
 def test_what_time_does_not_reach_is_said() -> None:

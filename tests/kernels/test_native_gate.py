@@ -6,6 +6,7 @@ import pytest
 
 from kernels.toolchain import build_all
 from kernels.toolchain.report import BuildReport, table
+from kernels.toolchain.sources import host_target, known_isas
 from kernels.toolchain.tools import ARCHITECTURES
 
 
@@ -17,7 +18,7 @@ def reports() -> dict[str, BuildReport]:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("target", ["host", *ARCHITECTURES])
+@pytest.mark.parametrize("target", [*map(host_target, known_isas()), *ARCHITECTURES])
 def test_every_kernel_compiles_without_a_warning_and_no_loop_touches_local_memory(
     target: str, reports: dict[str, BuildReport]
 ) -> None:

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from kernels import bench, registry, selfcheck, tolerance
+from kernels import bench, registry, selfcheck, tolerance, toolchain
+from kernels.cases import Case
 from kernels.gated_delta.op import gated_delta
 from kernels.samples import cu_seqlens_of, gated_delta_inputs
 from stoker.errors import Refusal
@@ -97,6 +98,40 @@ def test_selfcheck_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(sys, "argv", ["selfcheck", "--short", "--device", "cpu"])
     assert selfcheck.main() == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["gated_delta", "kda"])
+def test_hopper_can_run_where_the_library_has_it_and_is_not_preferred(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        def __init__(self, *names: str) -> None:
+            self.has = {f"stoker_{op}_forward{name}" for name in names}.__contains__
+
+    def able() -> list[str]:
+        return [i.name for i in registry.able(op, torch.device("cuda"), torch.bfloat16, (128, 128))]
+
+    torch_only = ["chunked", "reference"]
+    for library, expected in (
+        (Fake("", "_hopper"), ["cuda", "hopper", *torch_only]),
+        (Fake(""), ["cuda", *torch_only]),
+        (None, torch_only),
+    ):
+        monkeypatch.setattr(toolchain, "cuda_library", lambda library=library: library)
+        assert able() == expected
+    assert {"emulated", "emulated_hopper"} < {i.name for i in registry.implementations(op)}
+
+
+def test_in_full_every_implementation_that_can_run_is_checked_and_in_short_the_chosen_one() -> None:
+    """So a kernel that nobody chooses yet cannot be wrong unnoticed."""
+    inputs = gated_delta_inputs([65], (1, 2), (64, 64), torch.float32)
+    case = Case("gated_delta", "one", gated_delta, inputs, {"cu_seqlens": cu_seqlens_of([65])}, ("o", "S"), (64, 64))
+    able = [i.name for i in registry.able("gated_delta", CPU, torch.float32, (64, 64))]
+    assert able[-2:] == ["chunked", "reference"] and not {"cuda", "hopper", "emulated", "model"} & {*able}
+    for every, expected in ((True, able[:-1]), (False, able[:1])):
+        rows = list(selfcheck.compare(case, torch.float32, CPU, every))
+        assert list(dict.fromkeys(row.implementation for row in rows)) == expected
+        assert len(rows) == len(expected) * (len(inputs) + 2)
+    with registry.force("gated_delta", "chunked"):
+        assert {row.implementation for row in selfcheck.compare(case, torch.float32, CPU)} == {"chunked"}
 
 
 def test_error_is_relative_and_infinite_for_nan() -> None:

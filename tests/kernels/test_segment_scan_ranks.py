@@ -27,7 +27,11 @@ CASES = {
     "a rank inside one document, empty documents": ([30, 0, 200, 0, 36], [50, 100, 116]),
     "a rank without a token": ([150, 116], [150, 0, 116]),
     "the last rank without a token": ([266], [150, 116, 0]),
+    "one rank": ([70, 5, 65], [140]),
+    "two ranks": ([64, 130, 1], [128, 67]),
     "six ranks": ([64, 3, 63, 130, 6], [64, 65, 1, 66, 35, 35]),
+    "eight ranks, packed": ([40, 0, 129, 1, 96], [33, 7, 64, 65, 1, 31, 0, 65]),
+    "eight ranks, one document": ([520], [65] * 8),
 }
 #: What a rank has to share, in order -> what all ranks shared, concatenated along the pieces.
 Rank = Generator[Tensor, Tensor, dict[str, Tensor]]
@@ -133,10 +137,12 @@ def job(lengths: Sequence[int], rank_tokens: Sequence[int], per_channel: bool) -
     return worst_error(gather(_finish(rank, torch.cat(gather(cotangents)))), whole(lengths, per_channel))
 
 
-def test_three_processes_equal_one() -> None:
+def test_processes_equal_one() -> None:
+    """One to eight processes over gloo, packed and dense, boundaries inside ranks and at their edges."""
     pool = Pool()
     try:
-        for case in list(CASES)[:3]:
-            assert max(pool.run(3, job, *CASES[case], True)) <= 1e-12
+        for lengths, rank_tokens in CASES.values():
+            for per_channel in (False, True):
+                assert max(pool.run(len(rank_tokens), job, lengths, rank_tokens, per_channel)) <= 1e-12
     finally:
         pool.close()

@@ -25,7 +25,7 @@ def run(program: Path, name: str, seed: int) -> subprocess.CompletedProcess[str]
     return subprocess.run([program, name, str(seed)], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["none", "copy"])
+@pytest.mark.parametrize("name", ["none", "copy", "product"])
 def test_a_kernel_without_fault_passes(name: str, faults: Path) -> None:
     for seed in SEEDS:
         done = run(faults, name, seed)
@@ -39,6 +39,7 @@ def test_a_kernel_without_fault_passes(name: str, faults: Path) -> None:
         ("overwritten too early", "overwrites what was read"),
         ("two writers", "overwrites a value"),
         ("copy without barrier", "reads a value"),
+        ("product without barrier", "reads a value"),
     ],
 )
 def test_a_missing_barrier_is_a_race_in_every_order_of_threads(name: str, said: str, faults: Path) -> None:
@@ -50,7 +51,15 @@ def test_a_missing_barrier_is_a_race_in_every_order_of_threads(name: str, said: 
 
 
 @pytest.mark.parametrize(
-    "name", ["copy without wait", "read under a copy", "uninitialised shared", "uninitialised local"]
+    "name",
+    [
+        "copy without wait",
+        "read under a copy",
+        "product without wait",
+        "operand overwritten",
+        "uninitialised shared",
+        "uninitialised local",
+    ],
 )
 def test_what_is_not_there_yet_is_nan(name: str, faults: Path) -> None:
     assert [run(faults, name, seed).stdout for seed in SEEDS] == ["64\n"] * len(SEEDS)
@@ -63,6 +72,10 @@ def test_what_is_not_there_yet_is_nan(name: str, faults: Path) -> None:
         ("misaligned source", "a 16-byte copy is not aligned"),
         ("outside", "leaves shared memory at byte 5"),
         ("before", "leaves shared memory at byte -4"),
+        ("product without fence", "a product reads what its writer has not fenced"),
+        ("product without begin", "a warpgroup's product outside warpgroup_begin and warpgroup_end"),
+        ("product of another layout", "an operand is not in the 128-byte swizzle"),
+        ("product left behind", "products that nobody waited for"),
         ("barrier of a half", "32 threads wait for others that never come"),
         ("shuffle of a half", "32 threads wait for others that never come"),
     ],

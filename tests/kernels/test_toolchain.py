@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import stat
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,12 +105,13 @@ def building(home: Path) -> Iterator[subprocess.Popen[str]]:
 @needs_compiler
 def test_functions_take_their_structs_and_raise_their_codes() -> None:
     library = Library(obtain("host", SAMPLES).library, "host")
+    assert library.has("sample_scale") and not library.has("sample_absent")
     scale = library.function("sample_scale", ScaleParams)
     x = np.arange(65, dtype=np.float32)
     y = np.full(65, np.nan, np.float32)
     scale(ScaleParams(x.ctypes.data, y.ctypes.data, 65, 2.5))
     assert (y == x * np.float32(2.5)).all()
-    with pytest.raises(NativeError, match=r"sample_scale: error 7 \(negative length\) in libstoker_host.so"):
+    with pytest.raises(NativeError, match=r"sample_scale: error 7 \(negative length\) in libstoker_host_\w+.so"):
         scale(ScaleParams(None, None, -1, 0))
     with pytest.raises(NativeError, match="sample_scale: error 8 in") as caught:
         scale(ScaleParams(None, None, -2, 0))
@@ -117,12 +120,33 @@ def test_functions_take_their_structs_and_raise_their_codes() -> None:
 
 
 @needs_compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set on this processor")
-def test_a_source_is_compiled_for_each_set_and_shared_inline_code_is_of_the_oldest() -> None:
-    """An inline function that an AVX-512 object brings along must not run on a machine that has none."""
-    newest = Library(obtain("host", SAMPLES).library, "host").query("sample_newest_isa", ScaleParams)
-    own = {"baseline": 0, "avx2": 2, "avx512": 512}[toolchain.best_isa()]
-    assert newest(ScaleParams(None, None, 0, 0)) == 1000 * own + 0
+@pytest.mark.parametrize("isa", sources.known_isas())
+def test_each_instruction_set_has_a_library_of_its_own(isa: str) -> None:
+    if sources.known_isas().index(isa) > sources.known_isas().index(toolchain.best_isa()):
+        pytest.skip(f"this processor has no {isa}")
+    entry = obtain(f"host_{isa}", SAMPLES)
+    library = Library(entry.library, entry.record["target"])
+    assert (library.isa, library.path.name) == (isa, f"libstoker_host_{isa}.so")
+    flags = library.query(f"sample_flags_{isa}", ScaleParams)
+    assert flags(ScaleParams()) == {"baseline": 0, "avx2": 2, "avx512": 512}[isa]
+    assert [name for name in sources.ISA_FLAGS if library.has(f"sample_flags_{name}")] == [isa]
+    assert (obtain("host", SAMPLES).library == entry.library) == (isa == toolchain.best_isa())
+
+
+@needs_compiler
+def test_without_a_compiler_a_library_for_an_older_set_will_do(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a machine with an older processor left it in a cache that both share."""
+    monkeypatch.setattr(libraries, "best_isa", lambda: sources.known_isas()[-1])
+    older = obtain("host_baseline", home)
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setenv("PATH", "/nowhere")
+        assert obtain("host", home).library == older.library
+    assert f"{older.library} was built by" in caplog.text
+    best = obtain("host", home)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert obtain("host", home).library == best.library
 
 
 @pytest.mark.parametrize(
@@ -138,10 +162,11 @@ def test_a_set_is_taken_when_the_processor_has_all_of_it(
     features: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "CPUINFO", tmp_path / "cpuinfo")
+    found = sources.best_isa.__wrapped__
     sources.CPUINFO.write_text(f"processor\t: 0\nflags\t\t: {features}\n\nprocessor\t: 1\nflags\t\t: {features}\n")
-    assert sources.best_isa() == isa
+    assert found() == isa
     sources.CPUINFO.write_text("processor\t: 0\nFeatures\t: fp asimd\n")
-    assert sources.best_isa() == "baseline"
+    assert found() == "baseline"
 
 
 @needs_compiler
@@ -155,14 +180,21 @@ def test_cuda_sources_are_compiled_for_emulation_too(home: Path) -> None:
     assert emulated.library.parent != obtain("host", home).library.parent
 
 
-def test_units_are_linked_oldest_set_first_and_other_processors_have_the_baseline_only(tmp_path: Path) -> None:
-    units = sources.host_units(SAMPLES, "x86_64")
-    assert [unit.isa for unit in units] == [None, "baseline", "avx2", "avx512"]
-    assert [unit.isa for unit in sources.host_units(SAMPLES, "aarch64")] == [None, "baseline"]
+def test_a_source_is_compiled_for_the_sets_that_its_first_line_names(tmp_path: Path) -> None:
     (tmp_path / "host").mkdir()
+    for name, text in (("any", ""), ("one", "// isa: avx2\n"), ("two", "// isa: baseline avx2\n")):
+        (tmp_path / "host" / f"{name}.cpp").write_text(text)
+
+    def units(isa: str) -> list[tuple[str, str | None]]:
+        return [(Path(unit.source).stem, unit.isa) for unit in sources.host_units(tmp_path, isa)]
+
+    assert units("baseline") == [("any", None), ("two", "baseline")]
+    assert units("avx2") == [("any", None), ("one", "avx2"), ("two", "avx2")]
+    assert units("avx512") == [("any", None)]
+    assert sources.known_isas("aarch64") == ["baseline"]
     (tmp_path / "host" / "a.cpp").write_text("// isa: baseline avx1024\n")
     with pytest.raises(Refusal, match=r"a\.cpp, line 1: instruction set 'avx1024' is unknown: choose from baseline"):
-        sources.host_units(tmp_path, "x86_64")
+        sources.host_units(tmp_path, "avx2")
 
 
 @needs_compiler
@@ -212,10 +244,124 @@ def test_a_killed_build_leaves_no_entry_and_the_next_one_cleans_up(
         process.wait()
         os.kill(int(notes.read_text()), signal.SIGKILL)
     assert [path.name for path in own_cache.glob("*")] == [path.name for path in own_cache.glob(".*")]
-    assert list(own_cache.glob(".host-*.tmp"))
+    assert list(own_cache.glob(".host_*-*.tmp"))
     compiler("")
     assert obtain("host", home).made
-    assert not list(own_cache.glob(".host-*.tmp"))
+    assert not list(own_cache.glob(".host_*-*.tmp"))
+
+
+def make(key: str, content: bytes = b"a library") -> cache.Entry:
+    """An entry whose library is that content, found or made."""
+
+    def build(place: Path) -> dict[str, Any]:
+        (place / "library").write_bytes(content)
+        return {"library": "library", "sha256": hashlib.sha256(content).hexdigest()}
+
+    return cache.obtain(key, "host", build)
+
+
+def forget_use() -> None:
+    """As if the processes that used the entries so far had ended."""
+    while cache._in_use:
+        cache._in_use.popitem()[1].close()
+
+
+def kept(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*") if not path.name.startswith(".")}
+
+
+def test_of_each_target_the_last_used_entries_are_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "KEPT", 3)
+    cache.obtain("sm_90a-0", "sm_90a", lambda place: make("host-0").record | {"library": "../host-0/library"})
+    for age, key in enumerate(("host-1", "host-2", "host-3", "host-4")):
+        make(key)
+        forget_use()
+        os.utime(own_cache / key / cache.RECORD, (time.time() - 1e6 + age,) * 2)
+    assert kept(own_cache) == {"sm_90a-0", "host-0", "host-3", "host-4"}, "host-0 has the latest time"
+    make("host-3")
+    forget_use()
+    make("host-5")
+    assert kept(own_cache) == {"sm_90a-0", "host-0", "host-3", "host-5"}, "host-3 was used after host-4"
+    assert not list(own_cache.glob(".*.tmp"))
+
+
+def test_what_a_living_process_uses_is_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this process, and by another one that shares its lock with nobody, until it is killed."""
+    monkeypatch.setattr(cache, "KEPT", 1)
+    for key in ("host-here", "host-there"):
+        make(key)
+    program = "import sys, time; from kernels.toolchain import cache; cache.find(sys.argv[1]); print(flush=True);"
+    command = [sys.executable, "-c", program + "time.sleep(60)", "host-there"]
+    with subprocess.Popen(command, cwd=HOME, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        forget_use()
+        assert cache.find("host-here")
+        make("host-next")
+        assert kept(own_cache) == {"host-here", "host-there", "host-next"}
+        process.kill()
+    make("host-last")
+    assert kept(own_cache) == {"host-here", "host-next", "host-last"}
+
+
+def test_an_entry_replaced_while_its_lock_was_waited_for_is_not_taken(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the lock would be on a record that is gone, and what lies in its place could vanish while in use."""
+    place, lock = make("host-1").library.parent, cache.fcntl.flock
+    forget_use()
+
+    def late(*arguments: Any) -> None:
+        shutil.copytree(place, own_cache / "anew")
+        shutil.rmtree(place)
+        (own_cache / "anew").rename(place)
+        lock(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.fcntl, "flock", late)
+        assert cache.find("host-1") is None and not cache._in_use
+    assert cache.find("host-1")
+
+
+def test_where_nobody_can_lock_nothing_is_removed(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache, "KEPT", 1)
+    monkeypatch.setattr(cache.fcntl, "flock", unsupported)
+    for key in ("host-1", "host-2"):
+        make(key)
+        forget_use()
+    assert kept(own_cache) == {"host-1", "host-2"}
+
+
+#: For a second and a half: either makes one entry after the other, each of which removes what it can, or takes one
+#: entry again and again, each time as a process that has just begun, and reads its library, as loading it would.
+RACE = """
+import sys, time
+from tests.kernels.test_toolchain import cache, forget_use, make
+cache.KEPT, remover, made = 1, sys.argv[1] == "remover", 0
+end = time.monotonic() + 1.5
+while time.monotonic() < end:
+    entry = make(f"host-{made}" if remover else "host-wanted", b"wanted" * 1000)
+    assert entry.library.read_bytes() == b"wanted" * 1000
+    made += entry.made
+    forget_use()
+    time.sleep(0.0 if remover else 0.001)
+print(made)
+"""
+
+
+def test_whoever_has_found_an_entry_can_load_it_though_another_removes_what_it_can(own_cache: Path) -> None:
+    racing = [
+        subprocess.Popen([sys.executable, "-c", RACE, role], cwd=HOME, stdout=subprocess.PIPE, text=True)
+        for role in ("user", "user", "remover")
+    ]
+    made = [process.communicate(timeout=60)[0] for process in racing]
+    assert [process.returncode for process in racing] == [0] * 3
+    remade = sum(map(int, made[:2]))
+    print(f"removed {remade} times")
+    assert remade >= 5, "too seldom to prove anything"
+    assert not list(own_cache.glob(".*.tmp"))
 
 
 @needs_compiler
@@ -302,7 +448,7 @@ def test_a_source_that_does_not_compile_is_refused_with_its_name_and_what_the_co
     (home / "op" / "host" / "two.cpp").write_text("int g(); int f() { return g(); }\n")
     with pytest.raises(Refusal, match=r"(?s)linking: .*undefined reference to `g\(\)'"):
         obtain("host", home)
-    assert [path.name for path in own_cache.iterdir()] == [".host.lock"]
+    assert [path.name for path in own_cache.iterdir()] == [f".host_{toolchain.best_isa()}.lock"]
 
 
 def test_without_a_compiler_there_is_none_with_a_reason_unless_another_machine_left_one(
@@ -331,8 +477,9 @@ def test_none_and_why_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STOKER_NATIVE")
     monkeypatch.setattr(libraries, "obtain", lambda target: (_ for _ in ()).throw(Unavailable(f"no {target}")))
     assert toolchain.host_library() is None and toolchain.why_not() == "no host"
+    assert toolchain.host_library("avx2") is None and toolchain.why_not("host_avx2") == "no host_avx2"
     libraries._attempt.cache_clear()
-    with pytest.raises(Refusal, match="kernels are not built for 'sm_80': choose from sm_90a, sm_100f"):
+    with pytest.raises(Refusal, match=r"not built for 'sm_80': choose from host_baseline, .*sm_90a, sm_100f"):
         obtain("sm_80", SAMPLES)
 
 
@@ -357,7 +504,7 @@ def test_another_abi_a_missing_function_and_a_struct_of_another_size_are_refused
 
 def test_a_wheel_carries_every_source_and_header(tmp_path: Path) -> None:
     names = [name for name in sources.hashes(sources.HOME, []) if "." in name]
-    units = [unit.source for unit in [*sources.host_units(sources.HOME), *sources.cuda_units(sources.HOME)]]
+    units = [unit.source for unit in [*sources.host_units(sources.HOME, "baseline"), *sources.cuda_units(sources.HOME)]]
     tree = tmp_path / "tree"
     shutil.copytree(HOME / "kernels", tree / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(SAMPLES, tree / "kernels" / "sample")  # so that there is something of each kind

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kernels.toolchain import __main__ as command
-from kernels.toolchain import ptxas, report, sass, tools
+from kernels.toolchain import build as builder
+from kernels.toolchain import ptxas, report, sass, sources, tools
 from kernels.toolchain.cache import Entry
 from kernels.toolchain.libraries import obtain
 from kernels.toolchain.library import Library, NativeError
@@ -130,6 +131,7 @@ def test_the_command_prints_every_kernel_and_fails_where_it_was_asked_to(
     good = BuildReport.of(entry([kernel()]))
     bad = replace(good, kernels=(Kernel(**kernel(spills=4)),))  # type: ignore[arg-type]
     absent = BuildReport("sm_100f", None, reason="no nvcc")
+    asked: list[object] = []
     for reports, arguments, code in (
         ([good, absent], [], 0),
         ([good, absent], ["--check"], 0),
@@ -137,8 +139,10 @@ def test_the_command_prints_every_kernel_and_fails_where_it_was_asked_to(
         ([bad], [], 0),
         ([bad], ["--check"], 1),
     ):
-        monkeypatch.setattr(command, "build_all", lambda archs, reports=reports: reports)
+        monkeypatch.setattr(command, "build_all", lambda archs, isas, reports=reports: asked.append(isas) or reports)
         assert command.main(arguments) == code
+        assert asked.pop() == (sources.known_isas() if "--check" in arguments else [sources.best_isa()])
+    assert command.main(["--check", "--isa", "baseline"]) == 1 and asked.pop() == ["baseline"]
     said = capsys.readouterr().out
     assert "sm_100f: not built: no nvcc" in said and "c++ g++ 12, nvcc 13.0.88, ptxas 13.0.88" in said
     assert "FAILED: k: spills 4 bytes, and without cuobjdump and nvdisasm nobody knows where" in said
@@ -159,6 +163,25 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv("STOKER_CACHE", str(tmp_path_factory.mktemp("a cache")))
     yield
     patch.undo()
+
+
+def test_a_source_is_compiled_for_the_architectures_that_its_first_line_names(tmp_path: Path) -> None:
+    (tmp_path / "cuda").mkdir()
+    for name, text in (("all", ""), ("one", "// arch: sm_90a\n"), ("two", "// arch: sm_90a sm_100f\n")):
+        (tmp_path / "cuda" / f"{name}.cu").write_text(text)
+
+    def compiled(target: str) -> list[str]:
+        return [Path(unit.source).stem for unit in builder.recipe(target, tmp_path).units]
+
+    assert [compiled(target) for target in ("sm_90a", "sm_100f", "simt")] == [
+        ["all", "one", "two"],
+        ["all", "two"],
+        ["all", "one", "two"],
+    ]
+    (tmp_path / "cuda" / "one.cu").write_text("// arch: sm_9a\n")
+    for target in ("sm_100f", "simt"):
+        with pytest.raises(Refusal, match=r"one\.cu, line 1: architecture 'sm_9a' is unknown: choose from sm_90a"):
+            builder.recipe(target, tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100f"])

@@ -5,6 +5,7 @@
 #include "decode/native/params.h"
 #include "native/host_entry.h"
 #include "native/host_exec.h"
+#include "native/host_mode.h"
 #include "native/host_product.h"
 
 namespace stoker {
@@ -80,6 +81,7 @@ STOKER_PARAMS(DecodeParams)
 // Heads [begin, end), those of a sequence side by side.
 STOKER_HOST_ENTRY(decode, const stoker::DecodeParams *p, int begin, int end) {
   using namespace stoker::STOKER_ISA;
+  const stoker::FlushSubnormals flush;
   if (p->key_dim > kMostKeys || p->value_dim > kMostKeys || p->value_dim % 16) return stoker::kUnsupported;
   const auto wide_state = std::make_unique<float[]>(p->narrow_state ? p->key_dim * p->value_dim : 0);
   for (int i = begin; i < end; ++i) decode_head(*p, i / p->num_v_heads, i % p->num_v_heads, wide_state.get());

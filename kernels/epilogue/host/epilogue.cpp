@@ -4,6 +4,7 @@
 
 #include "epilogue/native/norm_gate.h"
 #include "native/host_entry.h"
+#include "native/host_mode.h"
 #include "native/row_host.h"
 
 namespace stoker {
@@ -56,6 +57,7 @@ STOKER_PARAMS(EpilogueParams)
 // Blocks of 64 tokens [begin, end), forward (stage 0) or backward (1); then, of a backward, what sums over blocks (2).
 STOKER_HOST_ENTRY(epilogue, const stoker::EpilogueParams *p, int stage, int begin, int end) {
   using namespace stoker::STOKER_ISA;
+  const stoker::FlushSubnormals flush;
   if (stage != kForward && p->workspace_bytes < workspace_bytes(*p)) return stoker::kWorkspaceTooSmall;
   if (stage == kSums) {
     add_blocks(*p);

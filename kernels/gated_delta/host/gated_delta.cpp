@@ -3,12 +3,14 @@
 #include "gated_delta/native/backward.h"
 #include "gated_delta/native/forward.h"
 #include "native/delta_host.h"
+#include "native/host_mode.h"
 
 STOKER_PARAMS(DeltaParams)
 
 // Heads [begin, end): value heads forward, query-key heads backward.
 STOKER_HOST_ENTRY(gated_delta, const stoker::DeltaParams *p, int back, int begin, int end) {
   using namespace stoker::STOKER_ISA;
+  const stoker::FlushSubnormals flush;
   using X = HostExec<float>;
   switch (p->key_dim * 1000 + p->value_dim) {
 #define STOKER_DIMS(K, V) \

@@ -19,153 +19,185 @@ struct GatedDeltaBackward {
   template <int R, int C>
   using Acc = typename X::template Acc<R, C>;
 
-  struct Shared {
-    Tile<kChunk, K> q, k, out;       // out: dq, then dk, on their way out
-    Tile<kChunk, V> d_o, errors, y;  // y: then dv
-    Tile<kChunk, kChunk> solved, from_q, from_k;
-    Tile<K, V> state, cotangent;
+  // What is read of a chunk, while the one before is worked on where the executor has two stages.
+  struct Inputs {
+    Tile<kChunk, K> q, k;
+    Tile<kChunk, V> d_o;
     Decays<X> decays;
+  };
+  using Scratch = typename X::template Scratch<kChunk>;
+  // Buffers whose lives do not meet share memory: a chunk has time for all, a GPU's block has 227 KiB.
+  union Stage {
+    Inputs inputs;
+    Scratch scratch;  // while the stage is not loaded
+  };
+  struct Shared {
+    Stage stages[X::kStages];
+    Tile<kChunk, V> errors;
+    Tile<kChunk, kChunk> solved, from_q, from_k;
+    Tile<K, V> state;
+    Tile<kChunk, V> y;  // then dv
+    union {
+      Tile<K, V> cotangent;
+      struct {
+        Tile<kChunk, K> dq, dk;
+      } out;
+    };
     GateSums<X> sums;
-    typename X::template Scratch<kChunk> scratch;
   };
 
-  // Where the gradients go that several heads or blocks of columns share. `add`: onto what an earlier one left there.
+  // Where the gradients go that several heads or blocks of columns share: [N, key_heads, K] and [N, gate_heads].
   struct Target {
     Element *dq, *dk;
     Real *dg, *dbeta;
-    int64_t stride, gate_stride;
-    bool add;
+    int key_heads, gate_heads;
   };
 
-  // Gradients of g for one head of one token.
-  STOKER_BOTH static int gates(const DeltaParams &) { return 1; }
-
-  STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, int segment, int head, int column, Target to) {
+  // `to_key`, `to_gate`: this head's among the target's. `add`: onto what an earlier head left of dq and dk.
+  STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, int segment, int head, int column, const Target &to,
+                              int to_key, int to_gate, bool add) {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads), all_columns = p.value_dim;
-    const int64_t state_at = (int64_t(segment) * p.num_v_heads + head) * K * all_columns + column;
+    auto state_at = [&] { return (int64_t(x.anew(segment)) * p.num_v_heads + head) * K * all_columns + column; };
     const Real scale = p.scale;
-    const Decays<X> &d = s.decays;
-    Acc<K, V> cotangent;
-    x.load_state(cotangent, (const Real *)p.d_final + state_at, all_columns);
-    for (int chunk = chunks_of(p, segment) - 1; chunk >= 0; --chunk) {
+    const int64_t value_at = head * all_columns + column;
+    const int last = chunks_of(p, segment) - 1;
+    auto load_inputs = [&](int chunk) {
+      Inputs &in = s.stages[chunk % X::kStages].inputs;
       const Rows rows = rows_of(p, segment, chunk);
-      const int64_t block = block_of(p, rows, head);
-      const int64_t value_at = head * all_columns + column;
+      x.load(in.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
+      x.load(in.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
+      x.load(in.d_o, (const Element *)p.d_o + rows.token * p.d_o_stride + value_at, p.d_o_stride, rows.count);
+      in.decays.load(x, p, rows.token, head, rows.count);
+    };
+    auto load_saved = [&](int chunk) {
+      const int64_t block = block_of(p, rows_of(p, segment, chunk), head);
+      x.load_image(s.solved, (const Element *)p.solved + block * kChunk * kChunk);
+      x.load_image(s.errors, (const Element *)p.errors + (block * all_columns + column) * kChunk);
+      x.load_image(s.state, (const Element *)p.states + (block * all_columns + column) * K);
+    };
+    Acc<K, V> cotangent;
+    x.load_state(cotangent, (const Real *)p.d_final + state_at(), all_columns);
+    if (last >= 0) {
+      load_inputs(last);
+      load_saved(last);
+    }
+    for (int chunk = last; chunk >= 0; --chunk) {
+      const Rows rows = rows_of(p, segment, chunk);
+      const int64_t key_stride = int64_t(to.key_heads) * K, key_at = rows.token * key_stride + to_key * K;
+      const int64_t gate_at = rows.token * to.gate_heads + to_gate;
+      Inputs &in = s.stages[chunk % X::kStages].inputs;
+      Decays<X> &d = in.decays;
       x.sync();
-      x.load(s.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
-      x.load(s.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
-      x.load(s.d_o, (const Element *)p.d_o + rows.token * p.d_o_stride + value_at, p.d_o_stride, rows.count);
-      x.load(s.solved, (const Element *)p.solved + block * kChunk * kChunk, kChunk, kChunk);
-      x.load(s.errors, (const Element *)p.errors + block * kChunk * all_columns + column, all_columns, kChunk);
-      x.load(s.state, (const Element *)p.states + block * K * all_columns + column, all_columns, K);
       x.put(s.cotangent, cotangent);
       s.sums.clear(x);
-      s.decays.load(x, p, rows.token, head, rows.count);
       x.wait_loads();
       x.sync();
-      s.decays.prepare(x);
-      Acc<kChunk, kChunk> between;
-      d.matrix(x, between);
+
+      x.total_dot(s.sums.through, s.state, cotangent);
 
       // y = diag(beta) (N_q^T dO + e^(G_C - G) K dS1), then dV = T^T y.
-      Acc<kChunk, kChunk> n_q, n_k;
-      x.zero(n_q);
-      x.zero(n_k);
-      x.template product<false, true>(n_q, s.q, s.k);
-      x.template product<false, true>(n_k, s.k, s.k);
+      Acc<kChunk, kChunk> n_q, n_k, between;
       Acc<kChunk, V> y;
-      x.zero(y);
-      x.template product<false, false>(y, s.k, s.cotangent);
+      x.template start<false, true>(n_q, in.q, in.k);
+      x.template start<false, true>(n_k, in.k, in.k);
+      x.template start<false, false>(y, in.k, s.cotangent);
+      d.prepare(x);
+      d.matrix(x, between);
       x.finish(n_q, n_k, y);
       x.each([&](int, int, Real &a, Real decay) { a *= scale * decay; }, n_q, between);
       x.each([&](int r, int i, Real &a, Real decay) { a = i < r ? a * decay : 0; }, n_k, between);
       x.each([&](int r, int, Real &a) { a *= d.to_end[r]; }, y);
       x.put(s.from_q, n_q);
       x.sync();
-      x.template product<true, false>(y, s.from_q, s.d_o);
-      x.finish(y);
+
+      Acc<kChunk, kChunk> dn_q, dn_k;  // of the pairs inside the chunk: dN_q = dO e^T, dN_k = -dV e^T
+      x.template product<true, false>(y, s.from_q, in.d_o);
+      x.template start<false, true>(dn_q, in.d_o, s.errors);
+      x.finish(y, dn_q);
       x.each([&](int r, int, Real &a) { a *= d.beta[r]; }, y);
       x.put(s.y, y);
       x.sync();
-      x.zero(y);
+
       x.template product<true, false>(y, s.solved, s.y);
+      x.each(
+          [&](int r, int i, Real &a, Real &da) {
+            a *= da;
+            da *= scale * d.between(x, r, i) * d.beta[i];
+          },
+          n_q, dn_q);
+      x.put(s.from_q, dn_q);
       x.finish(y);
       x.sync();
       x.put(s.y, y);
       x.sync();
-      x.store((Element *)p.dv + rows.token * p.num_v_heads * all_columns + value_at, int64_t(p.num_v_heads) * all_columns, rows.count, s.y);
 
-      // Pairs of tokens inside the chunk: dN_q = dO e^T, dN_k = -dV e^T, whose products with N hold the gates' gradients.
-      Acc<kChunk, kChunk> dn_q, dn_k;
-      x.zero(dn_q);
-      x.zero(dn_k);
-      x.template product<false, true>(dn_q, s.d_o, s.errors);
-      x.template product<false, true>(dn_k, s.y, s.errors);
-      x.finish(dn_q, dn_k);
-      x.each([&](int, int, Real &a, Real b, Real da, Real db) { a = a * da - b * db; }, n_q, n_k, dn_q, dn_k);
+      // The products of dN with N hold the gates' gradients. Beside it the keys, through the leaving state that they write.
+      Acc<kChunk, K> dk;
+      x.template start<false, true>(dn_k, s.y, s.errors);
+      x.template start<false, true>(dk, s.errors, s.cotangent);
+      x.store((Element *)p.dv + rows.token * p.num_v_heads * all_columns + value_at,
+              int64_t(p.num_v_heads) * all_columns, rows.count, s.y);
+      x.finish(dn_k, dk);
+      x.each([&](int, int, Real &a, Real b, Real db) { a -= b * db; }, n_q, n_k, dn_k);
       x.column_sums(s.sums.dbeta, n_q);
       x.each([&](int, int i, Real &a) { a *= d.beta[i]; }, n_q);
-      x.passing_sums(s.sums.dg, n_q, s.scratch);
-      x.each([&](int, int i, Real &a, Real decay) { a *= scale * decay * d.beta[i]; }, dn_q, between);
-      x.each([&](int r, int i, Real &a, Real decay) { a = i < r ? -a * decay * d.beta[i] : 0; }, dn_k, between);
-      x.put(s.from_q, dn_q);
+      x.passing_sums(s.sums.dg, n_q, s.stages[(chunk + 1) % X::kStages].scratch);
+      x.each([&](int r, int i, Real &a) { a = i < r ? -a * d.between(x, r, i) * d.beta[i] : 0; }, dn_k);
       x.put(s.from_k, dn_k);
-
-      // Queries: through the entering state and through the pairs.
-      Acc<kChunk, K> dz;
-      x.zero(dz);
-      x.template product<false, true>(dz, s.d_o, s.state);
-      x.finish(dz);
-      x.each([&](int r, int, Real &a) { a *= scale * d.from_start[r]; }, dz);
-      x.row_sums(s.sums.along_z, [&](int r, int c, Real a) { return a * s.q(r, c); }, dz);
       x.sync();
-      x.template product<false, false>(dz, s.from_q, s.k);
-      x.finish(dz);
-      put_gradient(x, s, dz, to.dq, rows, to);
-      x.sync();
-      x.store(to.dq + rows.token * to.stride, to.stride, rows.count, s.out);
 
-      // Keys: through the leaving state, scaled by beta, the entering state, and the pairs on both sides.
-      Acc<kChunk, K> dk;
-      x.zero(dk);
-      x.zero(dz);
-      x.template product<false, true>(dk, s.errors, s.cotangent);
-      x.template product<false, true>(dz, s.y, s.state);
-      x.finish(dk, dz);
+      // Queries and keys, through the entering state that they read.
+      if (X::kStages > 1 && chunk) load_inputs(chunk - 1);
+      Acc<kChunk, K> dq, by_reading;
+      x.template start<false, true>(dq, in.d_o, s.state);
+      x.template start<false, true>(by_reading, s.y, s.state);
       x.each([&](int r, int, Real &a) { a *= d.to_end[r]; }, dk);
-      x.row_sums(s.sums.along_k, [&](int r, int c, Real a) { return a * s.k(r, c); }, dk);
-      x.each([&](int r, int, Real &a) { a *= -d.from_start[r]; }, dz);
-      x.row_sums(s.sums.along_z, [&](int r, int c, Real a) { return a * s.k(r, c); }, dz);
-      x.each([&](int r, int, Real &a, Real b) { a = a * d.beta[r] + b; }, dk, dz);
-      x.template product<false, false>(dk, s.from_k, s.k);
-      x.template product<true, false>(dk, s.from_k, s.k);
-      x.template product<true, false>(dk, s.from_q, s.q);
-      x.total(s.sums.through, [&](int r, int c, Real a) { return a * s.state(r, c); }, cotangent);
-      x.finish(dk);
+      x.row_dots(s.sums.along_k, in.k, dk);
+      x.finish(dq, by_reading);
+      x.each([&](int r, int, Real &a) { a *= scale * d.from_start[r]; }, dq);
+      x.row_dots(s.sums.along_z, in.q, dq);
+      x.each([&](int r, int, Real &a) { a *= -d.from_start[r]; }, by_reading);
+      x.row_dots(s.sums.along_z, in.k, by_reading);
+      x.each([&](int r, int, Real &a, Real b) { a = a * d.beta[r] + b; }, dk, by_reading);
       x.sync();
-      put_gradient(x, s, dk, to.dk, rows, to);
+
+      // And through the pairs.
+      if (X::kStages > 1 && chunk) load_saved(chunk - 1);
+      x.template product<false, false>(dq, s.from_q, in.k);
+      x.template product<false, false>(dk, s.from_k, in.k);
+      x.template product<true, false>(dk, s.from_k, in.k);
+      x.template product<true, false>(dk, s.from_q, in.q);
+      x.scale_rows(in.d_o, [&](int r) { return scale * d.from_start[r]; });
+      x.scale_rows(s.y, [&](int r) { return -d.from_start[r]; });
       s.sums.finish(x, d);
+      x.each([&](int, int, Real &a) { a *= d.whole(); }, cotangent);
+      x.finish(dq, dk);
+      if (add) {
+        add_rows(x, dq, to.dq + key_at, key_stride, rows.count);
+        add_rows(x, dk, to.dk + key_at, key_stride, rows.count);
+      }
+      x.put(s.out.dq, dq);
+      x.put(s.out.dk, dk);
+      x.sync();
 
       // The state: dS0 = e^(G_C) dS1 + (e^G sQ)^T dO - (e^G K)^T dV.
-      x.scale_rows(s.d_o, [&](int r) { return scale * d.from_start[r]; });
-      x.scale_rows(s.y, [&](int r) { return -d.from_start[r]; });
-      x.each([&](int, int, Real &a) { a *= d.whole(); }, cotangent);
-      x.sync();
-      x.store(to.dk + rows.token * to.stride, to.stride, rows.count, s.out);
-      s.sums.store(x, to.dg + rows.token * to.gate_stride, to.dbeta + rows.token * to.gate_stride, to.gate_stride,
-                   rows.count);
-      x.template product<true, false>(cotangent, s.q, s.d_o);
-      x.template product<true, false>(cotangent, s.k, s.y);
+      x.template product<true, false>(cotangent, in.q, in.d_o);
+      x.template product<true, false>(cotangent, in.k, s.y);
+      x.store(to.dq + key_at, key_stride, rows.count, s.out.dq);
+      x.store(to.dk + key_at, key_stride, rows.count, s.out.dk);
+      s.sums.store(x, to.dg + gate_at, to.dbeta + gate_at, to.gate_heads, rows.count);
       x.finish(cotangent);
+      if (X::kStages == 1 && chunk) {
+        load_inputs(chunk - 1);
+        load_saved(chunk - 1);
+      }
     }
-    x.store_state((Real *)p.dinitial + state_at, all_columns, cotangent);
+    x.store_state((Real *)p.dinitial + state_at(), all_columns, cotangent);
   }
 
  private:
-  STOKER_TILE static void put_gradient(X &x, Shared &s, Acc<kChunk, K> &acc, const Element *to, const Rows &rows, const Target &t) {
-    if (t.add)
-      x.each([&](int r, int c, Real &a) { a += r < rows.count ? Real(to[(rows.token + r) * t.stride + c]) : 0; }, acc);
-    x.put(s.out, acc);
+  STOKER_TILE static void add_rows(X &x, Acc<kChunk, K> &acc, const Element *from, int64_t stride, int rows) {
+    x.each([&](int r, int c, Real &a) { a += r < rows ? Real(from[r * stride + c]) : 0; }, acc);
   }
 };
 

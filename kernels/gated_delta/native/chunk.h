@@ -24,23 +24,20 @@ struct Decays {
   }
   // The rest, once the loads are done; ends with a barrier.
   STOKER_TILE void prepare(X &x) {
-    x.running_sum(sums, g);
-    x.sync();
-    x.rows(kChunk, [&](int r) {
-      from_start[r] = x.exp(sums[r]);
-      to_end[r] = x.exp(sums[kChunk - 1] - sums[r]);
+    x.running_sum(sums, g, [&](int r, typename X::Wide sum, typename X::Wide all) {
+      from_start[r] = x.exp(sum);
+      to_end[r] = x.exp(all - sum);
     });
     x.sync();
   }
   STOKER_TILE typename X::Real whole() const { return from_start[kChunk - 1]; }
   // D_ri = e^(G_r - G_i) for i <= r, else 0. The exponent is cut at 0: what is thrown away cannot overflow.
-  STOKER_TILE void matrix(X &x, typename X::template Acc<kChunk, kChunk> &between) const {
-    x.each(
-        [&](int r, int i, typename X::Real &a) {
-          typename X::Wide exponent = sums[r] - sums[i];
-          a = i <= r ? x.exp(exponent < 0 ? exponent : 0) : 0;
-        },
-        between);
+  STOKER_TILE typename X::Real between(X &x, int r, int i) const {
+    const typename X::Wide exponent = sums[r] - sums[i];
+    return i <= r ? x.exp(exponent < 0 ? exponent : 0) : 0;
+  }
+  STOKER_TILE void matrix(X &x, typename X::template Acc<kChunk, kChunk> &all) const {
+    x.each([&](int r, int i, typename X::Real &a) { a = between(x, r, i); }, all);
   }
 };
 
@@ -52,7 +49,7 @@ struct GateSums {
   typename X::template RowSums<kChunk> along_k;  // writes to the leaving state, by token, without beta
   typename X::template ColumnSums<kChunk> dbeta;
   typename X::Total through;  // <dS1, S0>
-  typename X::template Vector<kChunk> dg, z, k, b;
+  typename X::template Vector<kChunk> dg, b;  // dg: first only what passes a token by pairs of others
 
   STOKER_TILE void clear(X &x) {
     x.rows(kChunk, [&](int i) {
@@ -63,25 +60,17 @@ struct GateSums {
       if (i < through.parts) through.part[i] = 0;
     });
   }
-  // dg_j += reads from j on + writes before j + what goes through the whole chunk; all parts added in a fixed order.
+  // dg_j += reads from j on + writes before j + what goes through the whole chunk; all parts are added in a fixed order.
+  // There after a barrier.
   STOKER_TILE void finish(X &x, const Decays<X> &d) {
-    x.rows(kChunk, [&](int i) {
-      Real sum_z = 0, sum_k = 0, sum_b = 0;
-      for (auto &part : along_z.part) sum_z += part[i];
-      for (auto &part : along_k.part) sum_k += part[i];
-      for (auto &part : dbeta.part) sum_b += part[i];
-      z[i] = sum_z;
-      k[i] = sum_k;
-      b[i] = sum_b + sum_k;
-    });
-    x.sync();
-    x.rows(kChunk, [&](int j) {
-      Real sum = 0;
-      for (int i = 0; i < through.parts; ++i) sum += through.part[i];
-      sum *= d.whole();
-      for (int r = kChunk - 1; r >= 0; --r) sum += r >= j ? z[r] : k[r] * d.beta[r];
-      dg[j] += sum;
-    });
+    x.around_sums(
+        dg, [&](int i) { return sum_of(along_z.part, i); }, [&](int i) { return sum_of(along_k.part, i) * d.beta[i]; },
+        [&] {
+          Real sum = 0;
+          for (int i = 0; i < through.parts; ++i) sum += through.part[i];
+          return sum * d.whole();
+        });
+    x.rows(kChunk, [&](int i) { b[i] = sum_of(dbeta.part, i) + sum_of(along_k.part, i); });
   }
   STOKER_TILE void store(X &x, Real *to_dg, Real *to_dbeta, int64_t stride, int rows) {
     x.rows(rows, [&](int i) {
@@ -89,16 +78,23 @@ struct GateSums {
       to_dbeta[i * stride] = b[i];
     });
   }
+
+ private:
+  template <class Parts>
+  STOKER_TILE static Real sum_of(const Parts &parts, int i) {
+    Real sum = 0;
+    for (auto &part : parts) sum += part[i];
+    return sum;
+  }
 };
 
-// T = (I + N_k diag(beta))^-1 of one chunk, N_k = (K K^T) D below the diagonal.
+// T - I, T = (I + N_k diag(beta))^-1 of one chunk, N_k = (K K^T) D below the diagonal.
 template <class X, int K>
 STOKER_TILE void solve(X &x, typename X::template Tile<kChunk, kChunk> &solved, const typename X::template Tile<kChunk, K> &k,
            const typename X::template Acc<kChunk, kChunk> &between, const typename X::template Vector<kChunk> &beta,
            typename X::template Scratch<kChunk> &scratch) {
   typename X::template Acc<kChunk, kChunk> system;
-  x.zero(system);
-  x.template product<false, true>(system, k, k);
+  x.template start<false, true>(system, k, k);
   x.finish(system);
   x.each([&](int r, int i, typename X::Real &a, typename X::Real decay) { a = i < r ? a * decay * beta[i] : 0; },
          system, between);

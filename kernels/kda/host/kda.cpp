@@ -1,12 +1,14 @@
 // isa: baseline avx2 avx512
 // Kimi Delta Attention on CPU in float: the trainer's kernel.
 #include "kda/native/host.h"
+#include "native/host_mode.h"
 
 STOKER_PARAMS(DeltaParams)
 
 // Heads [begin, end): value heads forward, query-key heads backward.
 STOKER_HOST_ENTRY(kda, const stoker::DeltaParams *p, int back, int begin, int end) {
   using namespace stoker::STOKER_ISA;
+  const stoker::FlushSubnormals flush;
   using X = HostExec<float>;
   switch (p->key_dim * 1000 + p->value_dim) {
 #define STOKER_DIMS(K, V) \

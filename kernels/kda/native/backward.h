@@ -80,7 +80,6 @@ struct KdaBackward {
       x.each([&](int r, int, Real &a) { a *= d.beta[r]; }, y);
       x.put(s.y, y);
       x.sync();
-      x.zero(y);
       x.template product<true, false>(y, s.solved, s.y);
       x.finish(y);
       x.sync();

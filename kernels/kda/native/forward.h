@@ -61,7 +61,6 @@ struct KdaForward {
       x.put(s.right, errors);
       x.sync();
 
-      x.zero(errors);
       x.template product<false, false>(errors, s.solved, s.right);
       Acc<kChunk, V> out;
       x.zero(out);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "native/host_entry.h"
+#include "native/host_mode.h"
 #include "native/row_host.h"
 #include "prologue/native/gates.h"
 #include "prologue/native/short_conv.h"
@@ -122,6 +123,7 @@ STOKER_PARAMS(PrologueParams)
 // Blocks of 64 tokens [begin, end), forward (stage 0) or backward (1); then, of a backward, what sums over blocks (2).
 STOKER_HOST_ENTRY(prologue, const stoker::PrologueParams *params, int stage, int begin, int end) {
   using namespace stoker::STOKER_ISA;
+  const stoker::FlushSubnormals flush;
   const stoker::PrologueParams p = with_blocks(*params);
   if (p.width > HostRows<32>::kTaps) return stoker::kUnsupported;
   if (stage != kForward && p.workspace_bytes < sums_bytes(p)) return stoker::kWorkspaceTooSmall;

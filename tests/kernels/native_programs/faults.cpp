@@ -77,7 +77,82 @@ void barrier_of_a_half(Params p) {
 void shuffle_of_a_half(Params p) {
   p.out[me()] = me() % 32 < 16 ? shuffle(p.in[me()], 0) : 0;
 }
+
+// A warpgroup's product of zeros, [64, 16] by [16, 32], in the steps that it needs.
+struct Operands {
+  alignas(1024) uint16_t a[64 * 64];
+  uint16_t b[64 * 64];
+};
+struct Steps {
+  bool fence = true, barrier = true, begin = true, wait = true, swizzled = true;
+};
+void multiplied(Params p, Steps steps) {
+  auto &s = shared_memory<Operands>();
+  for (int c = 0; c < 64; ++c) {
+    shared_store(s.a + me() * 64 + c, uint16_t(0));
+    shared_store(s.b + me() * 64 + c, uint16_t(0));
+  }
+  if (steps.fence) fence_async_proxy();
+  if (steps.barrier) block_barrier();
+  float d[4][4] = {};
+  const uint64_t swizzle = steps.swizzled ? 0 : uint64_t(1) << 62;
+  if (steps.begin) warpgroup_begin();
+  warpgroup_multiply_add<true, false, false>(d, operand_descriptor(s.a, 0, 1024) ^ swizzle, operand_descriptor(s.b, 0, 1024));
+  warpgroup_end();
+  if (steps.wait) warpgroup_wait();
+  p.out[me()] = d[0][0];
+  warpgroup_wait();
+}
+Steps without(bool Steps::*step) {
+  Steps steps;
+  steps.*step = false;
+  return steps;
+}
+void product(Params p) { multiplied(p, Steps()); }
+void product_without_fence(Params p) { multiplied(p, without(&Steps::fence)); }
+void product_without_barrier(Params p) { multiplied(p, without(&Steps::barrier)); }
+void product_without_begin(Params p) { multiplied(p, without(&Steps::begin)); }
+void product_without_wait(Params p) { multiplied(p, without(&Steps::wait)); }
+void product_of_another_layout(Params p) { multiplied(p, without(&Steps::swizzled)); }
+void product_left_behind(Params p) {
+  auto &s = shared_memory<Operands>();
+  shared_store(s.a, uint16_t(0));
+  float d[4][4];
+  warpgroup_begin();
+  warpgroup_multiply_add<false, false, false>(d, operand_descriptor(s.a, 0, 1024), operand_descriptor(s.b, 0, 1024));
+  warpgroup_end();
+  p.out[me()] = 0;
+}
+// The operand is overwritten, behind a barrier, before the product was waited for.
+void operand_overwritten(Params p) {
+  auto &s = shared_memory<Operands>();
+  for (int c = 0; c < 64; ++c) {
+    shared_store(s.a + me() * 64 + c, bf16(1).bits);
+    shared_store(s.b + me() * 64 + c, bf16(1).bits);
+  }
+  fence_async_proxy();
+  block_barrier();
+  float d[4][4];
+  warpgroup_begin();
+  warpgroup_multiply_add<false, false, false>(d, operand_descriptor(s.a, 0, 1024), operand_descriptor(s.b, 0, 1024));
+  warpgroup_end();
+  block_barrier();
+  for (int c = 0; c < 64; ++c) shared_store(s.a + me() * 64 + c, bf16(NAN).bits);
+  fence_async_proxy();
+  block_barrier();
+  warpgroup_wait();
+  p.out[me()] = d[0][0];
+}
+
 const std::map<std::string, void (*)(Params)> kKernels = {
+    {"product", product},
+    {"product without fence", product_without_fence},
+    {"product without barrier", product_without_barrier},
+    {"product without begin", product_without_begin},
+    {"product without wait", product_without_wait},
+    {"product of another layout", product_of_another_layout},
+    {"product left behind", product_left_behind},
+    {"operand overwritten", operand_overwritten},
     {"none", none},
     {"read too early", read_too_early},
     {"overwritten too early", overwritten_too_early},
@@ -103,7 +178,9 @@ int main(int, char **arguments) {
   for (int i = 0; i < kThreads; ++i) in[i] = float(i);
   const Params params = {in, out};
   const int seed = atoi(arguments[2]);
-  const int code = launch("faulty", kKernels.at(arguments[1]), 1, 1, kThreads, sizeof(Shared),
+  const std::string name = arguments[1];
+  const bool multiplies = name.find("product") == 0 || name.find("operand") == 0;
+  const int code = launch("faulty", kKernels.at(name), 1, 1, kThreads, multiplies ? sizeof(Operands) : sizeof(Shared),
                           reinterpret_cast<void *>(intptr_t(seed)), params);
   int nans = 0;
   for (float x : out) nans += std::isnan(x);

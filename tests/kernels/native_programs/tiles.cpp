@@ -1,5 +1,6 @@
 // The operations of the executors, each as a tile program of its own, over plain row-major arrays: run by the emulated
 // thread block, and by the host in float, double and with bfloat16 tiles.
+#include "kda/native/levels.h"
 #include "native/abi.h"
 #include "native/block_exec.h"
 #include "native/host_entry.h"
@@ -16,6 +17,7 @@ struct Arrays {
   const void *x;      // numbers, in its reals
   void *out, *tile;   // results in reals and in elements
   int rows;
+  int seed;  // of the order in which the emulated block's threads run
 };
 
 // out [R, C] += op(a) op(b), and rounded to the tile.
@@ -96,7 +98,7 @@ struct Sums {
     x.row_sums(s.rows, [](int, int, Real a) { return a; }, acc);
     x.column_sums(s.columns, acc);
     x.total(s.total, [](int, int, Real a) { return a; }, acc);
-    x.running_sum(s.running, s.numbers);
+    x.running_sum(s.running, s.numbers, [](int, typename X::Wide, typename X::Wide) {});
     x.sync();
     x.passing_sums(s.passing, acc, s.scratch);
     x.sync();
@@ -115,7 +117,7 @@ struct Sums {
   }
 };
 
-// tile [64, 64] = (I + the part of x [64, 64] below the diagonal)^-1.
+// tile [64, 64] = (I + the part of x [64, 64] below the diagonal)^-1 - I.
 template <class X>
 struct Inverse {
   using Executor = X;
@@ -158,6 +160,31 @@ struct Planes {
   }
 };
 
+// out [6, 64, C] += half sums of x [64, C], halves of 32, 16, 8, 4, 2 and 1.
+template <class X, int C>
+struct Halves {
+  using Executor = X;
+  using Real = typename X::Real;
+  struct Shared {
+    typename X::template Plane<64, C> plane, to;
+  };
+  static void run(X &x, Shared &s, const Arrays &p) {
+    Real *out = (Real *)p.out;
+    x.load_plane(s.plane, (const Real *)p.x, C, 64);
+    for_levels([&](auto level) {
+      if (!level.half) return;
+      x.load_plane(s.to, out, C, 64);
+      x.wait_loads();
+      x.sync();
+      x.half_sums(level, s.to, s.plane);
+      x.sync();
+      x.template cells<C>(64, [&](int r, int c) { out[r * C + c] = s.to(r, c); });
+      x.sync();
+      out += 64 * C;
+    });
+  }
+};
+
 template <class Program>
 void kernel(Arrays p) {
   typename Program::Executor x;
@@ -166,7 +193,8 @@ void kernel(Arrays p) {
 template <class Program>
 int launched(const Arrays &p) {
   if constexpr (std::is_same_v<typename Program::Executor, BlockExec>) {
-    return launch("tiles", kernel<Program>, 1, 1, kThreads, sizeof(typename Program::Shared), (void *)5, p);
+    void *stream = (void *)uintptr_t(p.seed);
+    return launch("tiles", kernel<Program>, 1, 1, kThreads, sizeof(typename Program::Shared), stream, p);
   } else {
     Scratchpad<typename Program::Shared> shared;
     memset(&*shared, 0xff, sizeof(typename Program::Shared));
@@ -193,6 +221,8 @@ int run(int operation, const Arrays &p) {
     case 10: return launched<Inverse<X>>(p);
     case 11: return launched<Planes<X, 64>>(p);
     case 12: return launched<Planes<X, 128>>(p);
+    case 13: return launched<Halves<X, 64>>(p);
+    case 14: return launched<Halves<X, 128>>(p);
   }
   return kUnsupported;
 }

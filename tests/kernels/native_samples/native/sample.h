@@ -15,14 +15,3 @@ struct ScaleParams {
 // int64_t sizeof_<Params>(): Python compares it with its own struct of that name.
 #define EXPORT_SIZE(Params) \
   EXPORT int64_t sizeof_##Params() { return sizeof(Params); }
-
-// Emitted by every object that calls it; of all copies the linker keeps one.
-__attribute__((noinline)) inline int isa_of_shared_code() {
-#if defined(__AVX512F__)
-  return 512;
-#elif defined(__AVX2__)
-  return 2;
-#else
-  return 0;
-#endif
-}
