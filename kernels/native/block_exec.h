@@ -27,54 +27,6 @@ struct BlockExec : BlockLevels {
 #endif
   }
 
-  // to.part[r] += sum over c of tile(r, c) x.
-  template <int R, int C>
-  STOKER_DEVICE void row_dots(RowSums<R> &to, const Tile<R, C> &tile, const Acc<R, C> &acc) {
-    const Place<R, C> at(*this);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      float sum = 0;
-      each_pair(tile, at, i, [&](int j, float first, float second) { sum += acc.x[j][i] * first + acc.x[j][i + 1] * second; });
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      if (lane % 4 == 0) to.part[warp / Acc<R, C>::stripes][at.row(i)] += sum;
-    }
-  }
-  // to.part += sum over all of tile(r, c) x.
-  template <int R, int C>
-  STOKER_DEVICE void total_dot(Total &to, const Tile<R, C> &tile, Acc<R, C> &acc) {
-    float sum = 0;
-    each_with(tile, [&](int, int, float y, float &x) { sum += x * y; }, acc);
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (lane == 0) to.part[warp] += sum;
-  }
-  // to = running sum of log decays (cut at -104, see block_sums.h), and f(i, sum to i, sum of all) for every i.
-  template <int N, class F>
-  STOKER_DEVICE void running_sum(Vector<N> &to, const Vector<N> &from, F f) {
-    static_assert(N == 64);
-    if (warp) return;
-    auto cut = [](float g) { return g < -104.0f ? -104.0f : g; };
-    const float first = cut(from[2 * lane]), second = cut(from[2 * lane + 1]), both = first + second;
-    const float before = sum_of_lanes<-1>(both), all = shuffle(before + both, 31);
-    to[2 * lane] = before + first;
-    to[2 * lane + 1] = before + both;
-    f(2 * lane, before + first, all);
-    f(2 * lane + 1, before + both, all);
-  }
-  // to[i] += sum of `from_here` from i on + sum of `before` before i + `everywhere`: additions only.
-  template <int N, class From, class Before, class Everywhere>
-  STOKER_DEVICE void around_sums(Vector<N> &to, From from_here, Before before, Everywhere everywhere) {
-    static_assert(N == 64);
-    if (warp) return;
-    const int i = 2 * lane;
-    const float x[2] = {from_here(i), from_here(i + 1)}, y[2] = {before(i), before(i + 1)};
-    const float after = sum_of_lanes<1>(x[0] + x[1]) + x[1], earlier = sum_of_lanes<-1>(y[0] + y[1]);
-    const float all = everywhere();
-    to[i] += after + x[0] + earlier + all;
-    to[i + 1] += after + (earlier + y[0]) + all;
-  }
-
  private:
   template <bool Add, bool TransA, bool TransB, int R, int C, int AR, int AC, int BR, int BC>
   STOKER_DEVICE void multiply(Acc<R, C> &acc, const Tile<AR, AC> &a, const Tile<BR, BC> &b) {
@@ -121,19 +73,6 @@ struct BlockExec : BlockLevels {
       }
     }
 #endif
-  }
-  // Sum of the values of all later (Direction 1) or earlier (-1) lanes.
-  template <int Direction>
-  STOKER_DEVICE float sum_of_lanes(float value) {
-    auto beyond = [&](float x, int step) {
-      const int from = lane + Direction * step;
-      const bool there = 0 <= from && from < 32;
-      const float other = shuffle(x, there ? from : lane);
-      return there ? other : 0.0f;
-    };
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) value += beyond(value, step);
-    return beyond(value, 1);
   }
 #if defined(STOKER_WARPGROUP)
   template <class A>

@@ -39,6 +39,27 @@ struct BlockSums : BlockTiles {
       if (lane % 4 == 0) to.part[warp / Acc<R, C>::stripes][at.row(i)] += sum;
     }
   }
+  // to.part[r] += sum over c of tile(r, c) x.
+  template <int R, int C>
+  STOKER_DEVICE void row_dots(RowSums<R> &to, const Tile<R, C> &tile, const Acc<R, C> &acc) {
+    const Place<R, C> at(*this);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      float sum = 0;
+      each_pair(tile, at, i, [&](int j, float first, float second) { sum += acc.x[j][i] * first + acc.x[j][i + 1] * second; });
+      sum = over_columns(sum);
+      if (lane % 4 == 0) to.part[warp / Acc<R, C>::stripes][at.row(i)] += sum;
+    }
+  }
+  // to.part += sum over all of tile(r, c) x.
+  template <int R, int C>
+  STOKER_DEVICE void total_dot(Total &to, const Tile<R, C> &tile, Acc<R, C> &acc) {
+    float sum = 0;
+    each_with(tile, [&](int, int, float y, float &x) { sum += x * y; }, acc);
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) to.part[warp] += sum;
+  }
   template <int N>
   STOKER_DEVICE void column_sums(ColumnSums<N> &to, const Acc<N, N> &acc) {
     static_assert(Acc<N, N>::tiles == 4);
@@ -60,9 +81,10 @@ struct BlockSums : BlockTiles {
 
   // Log decays below -104 make a factor that float holds as 0: cut there, sums stay above -6656 and their differences
   // exact to 5e-4, a quarter of what bfloat16 operands cost.
+  STOKER_DEVICE static float cut(float g) { return g < -104.0f ? -104.0f : g; }
   template <int R, int C>
   STOKER_DEVICE void running_sums(Plane<R, C> &plane) {
-    scan<false, true>(plane, [](float g) { return g < -104.0f ? -104.0f : g; });
+    scan<false, true>(plane, cut);
   }
   template <int R, int C>
   STOKER_DEVICE void suffix_sums(Plane<R, C> &plane) {
@@ -73,6 +95,30 @@ struct BlockSums : BlockTiles {
   STOKER_DEVICE void prefix_sums(Plane<R, C> &plane) {
     scan<false, false>(plane, [](float x) { return x; });
     sync();
+  }
+  // to = running sum of log decays (cut as above), and f(i, sum to i, sum of all) for every i.
+  template <int N, class F>
+  STOKER_DEVICE void running_sum(Vector<N> &to, const Vector<N> &from, F f) {
+    static_assert(N == 64);
+    if (warp) return;
+    const float first = cut(from[2 * lane]), second = cut(from[2 * lane + 1]), both = first + second;
+    const float before = beyond<32>(both, lane, -1, 32), all = shuffle(before + both, 31);
+    to[2 * lane] = before + first;
+    to[2 * lane + 1] = before + both;
+    f(2 * lane, before + first, all);
+    f(2 * lane + 1, before + both, all);
+  }
+  // to[i] += sum of `from_here` from i on + sum of `before` before i + `everywhere`: additions only.
+  template <int N, class From, class Before, class Everywhere>
+  STOKER_DEVICE void around_sums(Vector<N> &to, From from_here, Before before, Everywhere everywhere) {
+    static_assert(N == 64);
+    if (warp) return;
+    const int i = 2 * lane;
+    const float x[2] = {from_here(i), from_here(i + 1)}, y[2] = {before(i), before(i + 1)};
+    const float after = beyond<32>(x[0] + x[1], lane, 1, 32) + x[1], earlier = beyond<32>(y[0] + y[1], lane, -1, 32);
+    const float all = everywhere();
+    to[i] += after + x[0] + earlier + all;
+    to[i + 1] += after + (earlier + y[0]) + all;
   }
   template <class Level, int R, int C>
   STOKER_DEVICE void half_sums(Level level, Plane<R, C> &to, const Plane<R, C> &plane) {

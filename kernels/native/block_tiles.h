@@ -83,11 +83,6 @@ struct BlockTiles {
     static constexpr int parts = kWarps;
     Vector<parts> part;
   };
-  template <int N>
-  struct Scratch {
-    Vector<N + 1> at[N];
-  };
-
   // Eight elements of a row, the unit of copies.
   struct alignas(16) Part {
     uint32_t words[4];

@@ -21,9 +21,10 @@ STOKER_DEVICE int thread_index() { return threadIdx.x; }
 STOKER_DEVICE int block_x() { return blockIdx.x; }
 STOKER_DEVICE int block_y() { return blockIdx.y; }
 
-// x, of which the compiler knows nothing: what is derived from it is computed here, not kept in registers from elsewhere.
+// x >= 0, of which the compiler knows no more: what is derived from it is computed here, not kept from elsewhere.
 STOKER_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  __builtin_assume(x >= 0);
   return x;
 }
 

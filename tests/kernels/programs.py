@@ -23,9 +23,9 @@ def executable(source: str, place: Path) -> Path:
     return _compile(source, place / Path(source).stem, [])
 
 
-def library(source: str, place: Path, isa: str = "baseline") -> ctypes.CDLL:
-    """``source`` as a library for an instruction set."""
-    flags = [*ISA_FLAGS[isa], f"-DSTOKER_ISA={isa}", *HOST_LINK]
+def library(source: str, place: Path, isa: str = "baseline", *defined: str) -> ctypes.CDLL:
+    """``source`` as a library for an instruction set, with names ``defined`` for the preprocessor."""
+    flags = [*ISA_FLAGS[isa], f"-DSTOKER_ISA={isa}", *(f"-D{name}" for name in defined), *HOST_LINK]
     return ctypes.CDLL(str(_compile(source, place / f"{Path(source).stem}_{isa}.so", flags)))
 
 

@@ -1,4 +1,4 @@
-"""A few small calls of one operator's CUDA kernels, to be run under compute-sanitizer: ``python -m
+"""A few small calls of all CUDA kernels of one operator, to be run under compute-sanitizer: ``python -m
 tests.kernels.sanitized OP``. Every tensor comes to the device by a copy, so that it counts as initialised."""
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def delta_rule(op: str, device: torch.device) -> None:
     (rule,) = (rule for rule in RULES if rule.op == op)
     for heads, dims in (((1, 2), (64, 64)), ((1, 1), (128, 128))):
         inputs = rule.inputs(LENGTHS, heads, dims, BF16)
-        judge(Runner(rule, "cuda", device)(inputs, LENGTHS), rule.exact(inputs, LENGTHS))
+        for name in {"cuda", "hopper"} & {known.name for known in registry.able(op, device, BF16, dims)}:
+            judge(Runner(rule, name, device)(inputs, LENGTHS), rule.exact(inputs, LENGTHS))
 
 
 def rows(op: str, device: torch.device) -> None:

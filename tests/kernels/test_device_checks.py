@@ -12,6 +12,7 @@ from tests.kernels.delta_rules import RULES
 from tests.kernels.device_checks import Runner
 
 CPU = torch.device("cpu")
+EMULATED = ("emulated", "emulated_hopper")
 
 
 @pytest.fixture(params=RULES, ids=lambda rule: rule.op)
@@ -21,11 +22,11 @@ def compiled(request: pytest.FixtureRequest) -> Runner:
     return Runner(request.param, "compiled", CPU)
 
 
-@pytest.fixture(params=RULES, ids=lambda rule: rule.op)
+@pytest.fixture(params=[(rule, name) for rule in RULES for name in EMULATED], ids=lambda of: f"{of[0].op} {of[1]}")
 def emulated(request: pytest.FixtureRequest) -> Runner:
     if toolchain.emulated_library() is None:
         pytest.skip(f"no emulated kernels: {toolchain.why_not('simt')}")
-    return Runner(request.param, "emulated", CPU)
+    return Runner(*request.param, CPU)
 
 
 def test_emulated_kernels_are_accurate_for_every_head_and_chunk(emulated: Runner) -> None:

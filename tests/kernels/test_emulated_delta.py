@@ -111,6 +111,16 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
         assert differing(rule.run("emulated", inputs, SHORT), expected) == [], seed
 
 
+@pytest.mark.parametrize(
+    "dims", [(128, 128), *(pytest.param(dims, marks=verify) for dims in [(64, 64), (64, 128), (128, 256)])], ids=str
+)
+def test_products_of_warpgroups_give_the_same_bits(dims: tuple[int, int], rule: Rule, poisoned_memory: None) -> None:
+    """Emulated, both kinds of product add 16 terms at a time in one order, so any operand in another place shows."""
+    lengths = (130, 0, 64, 1)
+    inputs = rule.inputs(lengths, (1, 2), dims, BF16)
+    assert differing(rule.run("emulated_hopper", inputs, lengths), rule.run("emulated", inputs, lengths)) == []
+
+
 def test_packed_equals_separate_and_no_token_sees_a_later_one(rule: Rule) -> None:
     inputs = rule.inputs((65, 70), (1, 2), (64, 64), BF16)
     inputs["initial_state"].zero_()

@@ -15,13 +15,15 @@ from kernels.segment_scan.split import split_delta
 from kernels.tolerance import bound, error
 from kernels.toolchain.tools import ARCHITECTURES
 from tests.kernels import device_checks as checks
-from tests.kernels.delta_rules import BF16, F64, RAGGED, RULES, Rule, sample
+from tests.kernels.delta_rules import BF16, F64, RAGGED, RULES, sample
 from tests.kernels.device_checks import Runner
 
 pytestmark = pytest.mark.gpu
 
 DIMS = [(64, 64), (64, 128), (128, 64), (128, 128), (128, 256)]
 EVERY_LENGTH = tuple(range(1, 131))
+#: Implementations that are kernels of ours.
+NATIVE = ("cuda", "hopper")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,12 +36,12 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.fixture(params=RULES, ids=lambda rule: rule.op)
+@pytest.fixture(params=[(rule, name) for rule in RULES for name in NATIVE], ids=lambda of: f"{of[0].op} {of[1]}")
 def run(request: pytest.FixtureRequest, cuda: torch.device) -> Runner:
-    rule: Rule = request.param
-    if "cuda" not in {known.name for known in registry.implementations(rule.op)}:
-        pytest.skip(f"{rule.op} has no CUDA kernel")
-    return Runner(rule, "cuda", cuda)
+    rule, name = request.param
+    if name not in {known.name for known in registry.able(rule.op, cuda, BF16, (128, 128))}:
+        pytest.skip(f"{rule.op} has no {name} kernel on this device")
+    return Runner(rule, name, cuda)
 
 
 def test_every_chosen_implementation_passes_selfcheck() -> None:
@@ -129,7 +131,7 @@ def test_accurate_at_a_size_that_fills_the_device(sequences: int, run: Runner) -
         generator = torch.Generator(device=run.device).manual_seed(3)
         do = torch.randn(o.shape, generator=generator, device=run.device, dtype=BF16)
         exact = torch.autograd.grad(o, list(double.values()), do.double())
-    with registry.force(run.rule.op, "cuda"):
+    with registry.force(run.rule.op, run.name):
         o_, final_ = run.rule.call(**problem.inputs, cu_seqlens=problem.cu_seqlens)
         found = torch.autograd.grad(o_, problem.leaves, do)
     named = {f"d{name}": pair for name, pair in zip(problem.inputs, zip(found, exact, strict=True), strict=True)}
@@ -147,7 +149,8 @@ def test_cutting_sequences_costs_no_accuracy(piece_tokens: int, run: Runner) -> 
     whole = run(inputs, (500, 65), ())
     q, k, v, g, beta, initial = there.values()
     cu_seqlens = cu_seqlens_of((500, 65)).to(run.device)
-    o, final_state = split_delta(q, k, v, g, beta, cu_seqlens, initial, piece_tokens=piece_tokens)
+    with registry.force(run.rule.op, run.name):
+        o, final_state = split_delta(q, k, v, g, beta, cu_seqlens, initial, piece_tokens=piece_tokens)
     for name, actual in {"o": o, "final_state": final_state}.items():
         least = 0.1 * bound(BF16, name)
         assert error(actual, exact[name]) <= 1.5 * max(error(whole[name], exact[name]), least), name

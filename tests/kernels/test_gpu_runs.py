@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,9 +72,17 @@ def same(actual: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.fixture(params=KINDS)
-def problem(request: pytest.FixtureRequest) -> Problem:
-    return problem_of(request.param)
+@pytest.fixture(params=[*KINDS, *(f"{rule.op} by hopper" for rule in RULES)])
+def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
+    kind, _, other = request.param.partition(" by ")
+    problem = problem_of(kind)
+    if not other:
+        yield problem
+        return
+    if other not in {known.name for known in registry.able(problem.op, torch.device("cuda"), BF16, problem.dispatch)}:
+        pytest.skip(f"{kind} has no {other} kernel on this device")
+    with registry.force(problem.op, other):
+        yield problem
 
 
 def test_a_thousand_runs_give_the_same_bits(problem: Problem) -> None:

@@ -54,22 +54,28 @@ class Executor:
 
 EXECUTORS = [
     Executor("block", None, np.float32, 1e-6),
+    Executor("warpgroups", None, np.float32, 1e-6),
     Executor("bf16", None, np.float32, 1e-6),
     Executor("float", np.float32, np.float32, 1e-6),
     Executor("double", np.float64, np.float64, 1e-14),
 ]
+#: Those that a GPU runs.
+BLOCKS = ("block", "warpgroups")
 executors = pytest.mark.parametrize("executor", EXECUTORS, ids=lambda executor: executor.name)
 
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return library("tiles.cpp", tmp_path_factory.mktemp("tiles"))
+    of_warps = library("tiles.cpp", tmp_path_factory.mktemp("tiles"))
+    of_groups = library("tiles.cpp", tmp_path_factory.mktemp("warpgroups"), "baseline", "STOKER_WARPGROUP")
+    of_warps.run_warpgroups = of_groups.run_block
+    return of_warps
 
 
 def run(tiles: ctypes.CDLL, executor: Executor, operation: int, rows: int = 0, seed: int = 5, **arrays: Array) -> None:
     """``seed``: of the order in which the threads of a block run."""
     params = Arrays(rows=rows, seed=seed, **{name: pointer(array) for name, array in arrays.items()})
-    assert tiles[f"run_{executor.name}"](operation, ctypes.byref(params)) == 0
+    assert getattr(tiles, f"run_{executor.name}")(operation, ctypes.byref(params)) == 0
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, fill: float = 0) -> Array:
@@ -97,18 +103,38 @@ def random(size: tuple[int, ...]) -> Array:
     return np.random.default_rng(0).standard_normal(size)
 
 
+#: Rows, columns and terms of the sum: of every four operations, one for each transposition.
+PRODUCTS = [(64, 128, 64), (128, 64, 128), (64, 64, 128), (128, 128, 64)]
+
+
 @executors
-@pytest.mark.parametrize("operation", range(8))
-def test_products_of_every_transposition_are_exact(operation: int, executor: Executor, tiles: ctypes.CDLL) -> None:
-    rows, columns, inner = (64, 128, 64) if operation < 4 else (128, 64, 128)
+@pytest.mark.parametrize("transposition", range(4))
+@pytest.mark.parametrize("size", range(len(PRODUCTS)), ids=[str(size) for size in PRODUCTS])
+def test_products_of_every_transposition_are_exact(
+    size: int, transposition: int, executor: Executor, tiles: ctypes.CDLL
+) -> None:
+    """Added to what is there, and alone; both are under way at once."""
+    rows, columns, inner = PRODUCTS[size]
+    operation = 100 + 4 * size + transposition
     A, B, start = whole((rows, inner)), whole((inner, columns)), whole((rows, columns))
-    a = placed(executor.elements(A.T if operation & 1 else A))
-    b = placed(executor.elements(B.T if operation & 2 else B))
+    a = placed(executor.elements(A.T if transposition & 1 else A))
+    b = placed(executor.elements(B.T if transposition & 2 else B))
     out = placed(start.astype(executor.real))
     tile = aligned((rows, columns), a.dtype)
     run(tiles, executor, operation, a=a, b=b, out=out, tile=tile)
     assert np.array_equal(out, start + A @ B)
-    assert np.array_equal(executor.numbers(tile), executor.rounded(start + A @ B))
+    assert np.array_equal(executor.numbers(tile), executor.rounded(A @ B))
+
+
+@executors
+def test_a_tile_survives_being_handed_over(executor: Executor, tiles: ctypes.CDLL) -> None:
+    """By blocks also in pieces of 64 columns, so that kernels may cut the values as they like."""
+    values = executor.elements(whole((64, 128)))
+    image, tile = aligned((64, 128), values.dtype), aligned((192, 64), values.dtype)
+    run(tiles, executor, 7, a=placed(values), out=image, tile=tile)
+    assert np.array_equal(tile[:128].reshape(64, 128), values)
+    if executor.name in BLOCKS:
+        assert np.array_equal(tile[128:], values[:, 64:])
 
 
 @executors
@@ -183,7 +209,7 @@ def test_inverse_of_a_unit_lower_triangle_less_the_identity(
     before = np.maximum(np.abs(actual - exact) - (rounding if executor.element is None else 0), 0).max()
     relative = before / max(1.0, np.abs(exact).max())
     print(f"{executor.name}, {system}: {relative:.1e} of the largest number, before rounding")
-    assert relative <= (2e-5 if executor.name == "block" else 10 * executor.admitted)
+    assert relative <= (2e-5 if executor.name in BLOCKS else 10 * executor.admitted)
     assert not np.triu(actual).any()
 
 

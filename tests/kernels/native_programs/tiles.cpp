@@ -20,7 +20,7 @@ struct Arrays {
   int seed;  // of the order in which the emulated block's threads run
 };
 
-// out [R, C] += op(a) op(b), and rounded to the tile.
+// out [R, C] += op(a) op(b); the product alone, rounded, to the tile.
 template <class X, bool TransA, bool TransB, int R, int C, int Inner>
 struct Product {
   using Executor = X;
@@ -32,18 +32,45 @@ struct Product {
   static void run(X &x, Shared &s, const Arrays &p) {
     using Element = typename X::Element;
     using Real = typename X::Real;
-    typename X::template Acc<R, C> acc;
+    typename X::template Acc<R, C> acc, alone;
     x.load(s.a, (const Element *)p.a, TransA ? R : Inner, TransA ? Inner : R);
     x.load(s.b, (const Element *)p.b, TransB ? Inner : C, TransB ? C : Inner);
     x.load_state(acc, (const Real *)p.out, C);
     x.wait_loads();
     x.sync();
+    x.template start<TransA, TransB>(alone, s.a, s.b);
     x.template product<TransA, TransB>(acc, s.a, s.b);
-    x.finish(acc);
+    x.finish(alone, acc);
     x.store_state((Real *)p.out, C, acc);
-    x.put(s.rounded, acc);
+    x.put(s.rounded, alone);
     x.sync();
     x.store((Element *)p.tile, C, R, s.rounded);
+  }
+};
+
+// A tile [64, 128] handed over as its image, of which the second half is handed over as one of 64 columns: tile [64, 128]
+// and, behind it, [64, 64].
+template <class X>
+struct Image {
+  using Executor = X;
+  struct Shared {
+    typename X::template Tile<64, 128> from, to;
+    typename X::template Tile<64, 64> half;
+  };
+  static void run(X &x, Shared &s, const Arrays &p) {
+    using Element = typename X::Element;
+    Element *image = (Element *)p.out, *out = (Element *)p.tile;
+    x.load(s.from, (const Element *)p.a, 128, 64);
+    x.wait_loads();
+    x.sync();
+    x.store_image(image, s.from);
+    x.sync();
+    x.load_image(s.to, image);
+    if (std::is_same_v<X, BlockExec>) x.load_image(s.half, image + 64 * 64);
+    x.wait_loads();
+    x.sync();
+    x.store(out, 128, 64, s.to);
+    if (std::is_same_v<X, BlockExec>) x.store(out + 64 * 128, 64, 64, s.half);
   }
 };
 
@@ -204,18 +231,26 @@ int launched(const Arrays &p) {
   }
 }
 
-// 0-3: products [64, 128] over 64, with bits 0 and 1 for the transposed operand; 4-7: [128, 64] over 128.
+template <class X, int R, int C, int Inner>
+int product(int transposition, const Arrays &p) {
+  switch (transposition) {
+    case 0: return launched<Product<X, false, false, R, C, Inner>>(p);
+    case 1: return launched<Product<X, true, false, R, C, Inner>>(p);
+    case 2: return launched<Product<X, false, true, R, C, Inner>>(p);
+    default: return launched<Product<X, true, true, R, C, Inner>>(p);
+  }
+}
+
 template <class X>
 int run(int operation, const Arrays &p) {
+  switch (operation / 4) {
+    case 25: return product<X, 64, 128, 64>(operation % 4, p);
+    case 26: return product<X, 128, 64, 128>(operation % 4, p);
+    case 27: return product<X, 64, 64, 128>(operation % 4, p);
+    case 28: return product<X, 128, 128, 64>(operation % 4, p);
+  }
   switch (operation) {
-    case 0: return launched<Product<X, false, false, 64, 128, 64>>(p);
-    case 1: return launched<Product<X, true, false, 64, 128, 64>>(p);
-    case 2: return launched<Product<X, false, true, 64, 128, 64>>(p);
-    case 3: return launched<Product<X, true, true, 64, 128, 64>>(p);
-    case 4: return launched<Product<X, false, false, 128, 64, 128>>(p);
-    case 5: return launched<Product<X, true, false, 128, 64, 128>>(p);
-    case 6: return launched<Product<X, false, true, 128, 64, 128>>(p);
-    case 7: return launched<Product<X, true, true, 128, 64, 128>>(p);
+    case 7: return launched<Image<X>>(p);
     case 8: return launched<Ragged<X>>(p);
     case 9: return launched<Sums<X>>(p);
     case 10: return launched<Inverse<X>>(p);
