@@ -60,15 +60,6 @@ struct BlockTiles {
     STOKER_DEVICE float operator[](int i) const { return shared_load(at + i); }
   };
 
-  // A float matrix in shared memory; the padding leaves two lanes to a bank where a fragment touches it.
-  template <int R, int C, class T = float>
-  struct alignas(16) Plane {
-    static constexpr int stride = C + 8;
-    float at[R * stride];
-    STOKER_DEVICE Number operator()(int r, int c) { return {at + r * stride + c}; }
-    STOKER_DEVICE float operator()(int r, int c) const { return shared_load(at + r * stride + c); }
-  };
-
   template <int N>
   struct RowSums {
     static constexpr int parts = kWarps / (N / 16);
@@ -138,14 +129,6 @@ struct BlockTiles {
     const int i = opaque(thread);
     if (i < N) copy4_async(to.at + i, from + i * stride, i < rows);
   }
-  template <int R, int C>
-  STOKER_DEVICE void load_plane(Plane<R, C> &plane, const float *from, int64_t stride, int rows) {
-    for (int i = opaque(thread); i < R * C / 4; i += kThreads) {
-      int r = i / (C / 4), c = i % (C / 4) * 4;
-      bool valid = r < rows;
-      copy16_async(plane.at + r * plane.stride + c, from + (valid ? r * stride + c : 0), valid);
-    }
-  }
   STOKER_DEVICE void wait_loads() { copy_wait(); }
 
   template <int R, int C>
@@ -181,33 +164,6 @@ struct BlockTiles {
     STOKER_DEVICE int row(int i) const { return top + i / 2 * 8; }
     STOKER_DEVICE int column(int j, int i) const { return left + j * 8 + i % 2; }
   };
-
-  template <int R, int C, class F>
-  STOKER_DEVICE void fill(Tile<R, C> &tile, F f) {
-#pragma unroll 1
-    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
-      int r = i / (C / 2), c = i % (C / 2) * 2;
-      uint32_t pair = round_pair(f(r, c), f(r, c + 1));
-      shared_store(reinterpret_cast<uint32_t *>(tile.at + tile.index(r, c)), pair);
-    }
-  }
-  template <int R, int C, class F>
-  STOKER_DEVICE void fill(Tile<R, C> &first, Tile<R, C> &second, F f) {
-#pragma unroll 1
-    for (int i = opaque(thread); i < R * C / 2; i += kThreads) {
-      int r = i / (C / 2), c = i % (C / 2) * 2, at = first.index(r, c);
-      float x[2], y[2];
-      f(r, c, x[0], y[0]);
-      f(r, c + 1, x[1], y[1]);
-      shared_store(reinterpret_cast<uint32_t *>(first.at + at), round_pair(x[0], x[1]));
-      shared_store(reinterpret_cast<uint32_t *>(second.at + at), round_pair(y[0], y[1]));
-    }
-  }
-  template <int C, class F>
-  STOKER_DEVICE void cells(int rows, F f) {
-#pragma unroll 1
-    for (int i = opaque(thread); i < rows * C; i += kThreads) f(i / C, i % C);
-  }
 
   template <class F, int R, int C, class... More>
   STOKER_DEVICE void each(F f, Acc<R, C> &acc, More &...more) {

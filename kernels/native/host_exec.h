@@ -33,6 +33,11 @@ STOKER_TILE float exponential(float x) {
 }
 STOKER_TILE double exponential(double x) { return std::exp(x); }
 
+template <class X, int K>
+struct TileTriangle;  // kda/native/tile_triangle.h
+template <class X, int K>
+struct TileTriangleGradient;
+
 template <class E>
 struct HostExec {
   using Element = E;
@@ -150,6 +155,95 @@ struct HostExec {
     static_assert((TransA ? AC : AR) == R && (TransB ? BR : BC) == C && (TransB ? BC : BR) == inner);
     multiply<TransA, TransB, R, C, inner>(acc.at, a.at, AC, b.at, BC);
   }
+  // Numbers by token and channel, summed and multiplied along the tokens.
+  static constexpr bool kChannelsFirst = false;
+  template <int K>
+  using Channels = Acc<64, K>;
+  template <int K>
+  using ChannelTile = Tile<64, K>;
+  template <int K>
+  using Strips = Acc<64, K>;
+  template <int K>
+  using Gates = Plane<64, K, Wide>;
+  template <int N>
+  using TokenSums = RowSums<N>;
+  template <int K>
+  using Triangle = TileTriangle<HostExec, K>;
+  template <int K>
+  using TriangleGradient = TileTriangleGradient<HostExec, K>;
+  template <int K>
+  void load_gates(Gates<K>& gates, const Real* from, int64_t stride, int rows) {
+    load_plane(gates, from, stride, rows);
+  }
+  // from_start = e^G, to_end = e^(G_C - G), whole[c] = e^G_C; the gates are used up.
+  template <int K>
+  void decays(Channels<K>& from_start, Channels<K>& to_end, Vector<K>& whole, Gates<K>& gates) {
+    running_sums(gates);
+    each(
+        [&](int t, int c, Real& start, Real& end) {
+          start = exp(gates(t, c));
+          end = exp(gates(63, c) - gates(t, c));
+        },
+        from_start, to_end);
+    for (int c = 0; c < K; ++c) whole[c] = from_start.at[63 * K + c];
+  }
+  // x_t = sum of x from t on; of all x before t.
+  template <int K>
+  void sums_from(Channels<K>& x, Gates<K>&) {
+    for (int t = 62; t >= 0; --t)
+      for (int c = 0; c < K; ++c) x.at[t * K + c] += x.at[(t + 1) * K + c];
+  }
+  template <int K>
+  void sums_before(Channels<K>& x, Gates<K>&) {
+    Real before[K] = {};
+    for (int t = 0; t < 64; ++t)
+      for (int c = 0; c < K; ++c) {
+        const Real here = x.at[t * K + c];
+        x.at[t * K + c] = before[c];
+        before[c] += here;
+      }
+  }
+  // Numbers laid by in place of the gates, and taken up again.
+  template <int K>
+  void lay_by(Gates<K>& gates, const Channels<K>& acc) {
+    for (int i = 0; i < 64 * K; ++i) gates.at[i] = acc.at[i];
+  }
+  template <int K>
+  void take_up(Channels<K>& acc, const Gates<K>& gates) {
+    for (int i = 0; i < 64 * K; ++i) acc.at[i] = Real(gates.at[i]);
+  }
+  template <int K>
+  void take(Channels<K>& to, const Tile<64, K>& tile) {
+    for (int i = 0; i < 64 * K; ++i) to.at[i] = Real(tile.at[i]);
+  }
+  template <class F, int K>
+  void token_sums(RowSums<64>& to, F f, const Acc<64, K>& acc) {
+    row_sums(to, f, acc);
+  }
+  // A chunk's numbers in memory and back.
+  template <int K, class T>
+  void keep(T* to, const Acc<64, K>& acc) {
+    for (int i = 0; i < 64 * K; ++i) to[i] = T(acc.at[i]);
+  }
+  template <int K, class T>
+  void recall(Strips<K>& acc, const T* from) {
+    for (int i = 0; i < 64 * K; ++i) acc.at[i] += Real(from[i]);
+  }
+  template <int K>
+  void zero_strip(Strips<K>& acc) {
+    zero(acc);
+  }
+  // Rows of tokens in memory.
+  template <int K, class T>
+  void add_strip(Strips<K>& acc, const T* from, int64_t stride, int rows) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < K; ++c) acc.at[r * K + c] += Real(from[r * stride + c]);
+  }
+  template <int K, class T>
+  void store_strip(T* to, int64_t stride, int rows, const Strips<K>& acc) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < K; ++c) to[r * stride + c] = T(acc.at[r * K + c]);
+  }
   // acc += a b^T, at least where the level says that a token of the row reads one of the column (kda/native/levels.h).
   template <class Level, int C, int K>
   void product_level(Level level, Acc<C, C>& acc, const Tile<C, K>& a, const Tile<C, K>& b) {
@@ -208,22 +302,11 @@ struct HostExec {
 #pragma GCC ivdep
       for (int c = 0; c < C; ++c) f(r, c);
   }
-  // Down every column, in place: sums of all rows up to and with r; of r and all later ones; of all before r.
+  // Down every column, in place: sums of all rows up to and with r.
   template <int R, int C, class T>
   void running_sums(Plane<R, C, T>& plane) {
     for (int r = 1; r < R; ++r)
       for (int c = 0; c < C; ++c) plane(r, c) += plane(r - 1, c);
-  }
-  template <int R, int C, class T>
-  void suffix_sums(Plane<R, C, T>& plane) {
-    for (int r = R - 2; r >= 0; --r)
-      for (int c = 0; c < C; ++c) plane(r, c) += plane(r + 1, c);
-  }
-  template <int R, int C, class T>
-  void prefix_sums(Plane<R, C, T>& plane) {
-    running_sums(plane);
-    for (int r = R - 1; r >= 0; --r)
-      for (int c = 0; c < C; ++c) plane(r, c) = r ? plane(r - 1, c) : T(0);
   }
   // to(j) += in later halves the sum of `plane` from j to the half's end, in earlier ones of what is before j.
   template <class Level, int R, int C>
@@ -290,17 +373,12 @@ struct HostExec {
   void row_dots(RowSums<R>& to, const Tile<R, C>& tile, const Acc<R, C>& acc) {
     row_sums(to, [&](int r, int c, Real x) { return x * tile(r, c); }, acc);
   }
-  // to.part += sum over all of f(r, c, x).
-  template <int R, int C, class F>
-  void total(Total& to, F f, const Acc<R, C>& acc) {
-    RowSums<R> sums = {};
-    row_sums(sums, f, acc);
-    for (Real sum : sums.part[0].at) to.part[0] += sum;
-  }
   // to.part += sum over all of tile(r, c) x.
   template <int R, int C>
   void total_dot(Total& to, const Tile<R, C>& tile, const Acc<R, C>& acc) {
-    total(to, [&](int r, int c, Real x) { return x * tile(r, c); }, acc);
+    RowSums<R> sums = {};
+    row_dots(sums, tile, acc);
+    for (Real sum : sums.part[0].at) to.part[0] += sum;
   }
   // to[j] += sum over r >= j > i of x_ri: what passes token j. Additions only, so that a tiny sum keeps its digits.
   template <int N>

@@ -155,14 +155,14 @@ def test_rows_beyond_the_segment_are_zero_and_never_written(rows: int, executor:
 @executors
 @pytest.mark.parametrize("rows", [1, 63, 64])
 def test_sums_over_an_accumulator_are_those_of_numpy(rows: int, executor: Executor, tiles: ctypes.CDLL) -> None:
-    x = random((64, 64)).astype(executor.real)
+    x, a = random((64, 64)).astype(executor.real), whole((64, 64))
     out = aligned((5, 64), executor.real)
-    run(tiles, executor, 9, rows, x=placed(x), out=out)
+    run(tiles, executor, 9, rows, x=placed(x), a=placed(executor.elements(a)), out=out)
     exact = x.astype(np.float64)
     r, j, i = np.ogrid[:64, :64, :64]
     passing = np.einsum("ri,rji->j", exact, ((r >= j) & (j > i)).astype(np.float64))
     running = np.cumsum(np.where(np.arange(64) < rows, exact[0], 0))
-    expected = [exact.sum(1), exact.sum(0), np.full(64, exact.sum()), passing, running]
+    expected = [(exact * a).sum(1), exact.sum(0), np.full(64, (exact * a).sum()), passing, running]
     for actual, sums in zip(out, expected, strict=True):
         assert np.linalg.norm(actual - sums) <= 10 * executor.admitted * np.linalg.norm(sums)
 
@@ -174,7 +174,7 @@ def test_what_passes_a_token_keeps_its_digits_beside_large_numbers(executor: Exe
     crossing = (token[:, None] >= 29) & (token < 29)
     x = np.tril(np.where(crossing, 1e-6, 1e6) * np.abs(random((64, 64))), -1).astype(executor.real)
     out = aligned((5, 64), executor.real)
-    run(tiles, executor, 9, 64, x=placed(x), out=out)
+    run(tiles, executor, 9, 64, x=placed(x), a=placed(executor.elements(np.ones((64, 64)))), out=out)
     exact = x[crossing].astype(np.float64).sum()
     assert abs(out[3, 29] - exact) <= 10 * executor.admitted * exact
 
@@ -215,23 +215,24 @@ def test_inverse_of_a_unit_lower_triangle_less_the_identity(
 
 @executors
 @pytest.mark.parametrize("rows", [1, 33, 64])
-@pytest.mark.parametrize("columns", [64, 128])
-def test_sums_down_the_columns_are_those_of_numpy(
-    columns: int, rows: int, executor: Executor, tiles: ctypes.CDLL
+@pytest.mark.parametrize("channels", [64, 128])
+def test_decays_and_sums_along_the_tokens_are_those_of_numpy(
+    channels: int, rows: int, executor: Executor, tiles: ctypes.CDLL
 ) -> None:
-    x = random((64, columns)).astype(executor.real)
-    x[rows:] = np.nan
-    out = aligned((3, 64, columns), executor.real)
-    run(tiles, executor, 11 if columns == 64 else 12, rows, x=placed(x), out=out)
-    exact = x.astype(np.float64)
-    exact[rows:] = 0
-    running = exact.cumsum(0)
-    suffix = exact[::-1].cumsum(0)[::-1]
-    for actual, sums in zip(out, (running, suffix, running - exact), strict=True):
-        assert np.linalg.norm(actual - sums) <= 10 * executor.admitted * max(1.0, float(np.linalg.norm(sums)))
+    g = -np.abs(random((64, channels))).astype(executor.real)
+    a = whole((64, channels))
+    out = aligned((7, 64, channels), executor.real)
+    run(tiles, executor, 11 if channels == 64 else 12, rows, x=placed(g), a=placed(executor.elements(a)), out=out)
+    G = np.where(np.arange(64)[:, None] < rows, g.astype(np.float64), 0).cumsum(0)
+    sums = a.cumsum(0)
+    expected = [np.exp(G), np.exp(G[-1] - G), a, sums[-1] - sums + a, sums - a, 2 * a]
+    for actual, exact in zip(out, expected):
+        assert np.abs(actual - exact).max() <= 10 * executor.admitted * max(1.0, np.abs(exact).max())
+    for actual, exact in ((out[6, 0], np.exp(G[-1])), (out[6, 1, :64], a.sum(1))):
+        assert np.abs(actual - exact).max() <= 10 * executor.admitted * max(1.0, np.abs(exact).max())
 
 
-@executors
+@pytest.mark.parametrize("executor", [e for e in EXECUTORS if e.name not in BLOCKS], ids=lambda executor: executor.name)
 @pytest.mark.parametrize("columns", [64, 128])
 def test_half_sums_are_suffixes_in_later_halves_and_what_is_before_in_earlier_ones(
     columns: int, executor: Executor, tiles: ctypes.CDLL
@@ -247,13 +248,13 @@ def test_half_sums_are_suffixes_in_later_halves_and_what_is_before_in_earlier_on
         assert np.linalg.norm(actual - sums) <= 10 * executor.admitted * np.linalg.norm(sums), half
 
 
-@pytest.mark.parametrize("operation", range(9, 15))
+@pytest.mark.parametrize("operation", range(9, 13))
 def test_a_block_gives_the_same_bits_in_whatever_order_its_threads_run(operation: int, tiles: ctypes.CDLL) -> None:
-    x = random((64, 128)).astype(np.float32)
+    x, a = random((64, 128)).astype(np.float32), placed(EXECUTORS[0].elements(whole((64, 128))))
     results = []
     for seed in range(1, 7):
-        out, tile = aligned((6, 64, 128), np.float32), aligned((64, 64), np.uint16)
-        run(tiles, EXECUTORS[0], operation, 64, seed, x=placed(x), out=out, tile=tile)
+        out, tile = aligned((7, 64, 128), np.float32), aligned((64, 64), np.uint16)
+        run(tiles, EXECUTORS[0], operation, 64, seed, x=placed(x), a=a, out=out, tile=tile)
         results.append((out.tobytes(), tile.tobytes()))
     assert len(set(results)) == 1
 
@@ -261,13 +262,10 @@ def test_a_block_gives_the_same_bits_in_whatever_order_its_threads_run(operation
 def test_log_decays_are_cut_where_their_factor_is_zero(tiles: ctypes.CDLL) -> None:
     """On the block, whose sums are float: one decay of -1000 costs those after it none of their digits."""
     x = np.full((64, 64), -1e-3, np.float32)
-    x[0, 3] = x[3, :] = -1000
-    sums, planes = aligned((5, 64), np.float32), aligned((3, 64, 64), np.float32)
-    run(tiles, EXECUTORS[0], 9, 64, x=placed(x), out=sums)
-    run(tiles, EXECUTORS[0], 11, 64, x=placed(x), out=planes)
-    expected = np.cumsum([-1e-3, -1e-3, -1e-3, -104, *[-1e-3] * 60])
-    for actual in (sums[4], planes[0, :, 5]):
-        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    x[0, 3] = -1000
+    sums, a = aligned((5, 64), np.float32), placed(EXECUTORS[0].elements(np.ones((64, 64))))
+    run(tiles, EXECUTORS[0], 9, 64, x=placed(x), a=a, out=sums)
+    np.testing.assert_allclose(sums[4], np.cumsum([-1e-3, -1e-3, -1e-3, -104, *[-1e-3] * 60]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)

@@ -59,7 +59,7 @@ struct GatedDeltaBackward {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads), all_columns = p.value_dim;
     auto state_at = [&] { return (int64_t(x.anew(segment)) * p.num_v_heads + head) * K * all_columns + column; };
     const Real scale = p.scale;
-    const int64_t value_at = head * all_columns + column;
+    const int value_at = head * all_columns + column;
     const int last = chunks_of(p, segment) - 1;
     auto load_inputs = [&](int chunk) {
       Inputs &in = s.stages[chunk % X::kStages].inputs;

@@ -38,7 +38,7 @@ struct GatedDeltaForward {
   STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, int segment, int head, int column) {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads), all_columns = p.value_dim;
     auto state_at = [&] { return (int64_t(x.anew(segment)) * p.num_v_heads + head) * K * all_columns + column; };
-    const int64_t value_at = head * all_columns + column;
+    const int value_at = head * all_columns + column;
     const Real scale = p.scale;
     Acc<K, V> state;
     x.load_state(state, p.initial ? (const Real *)p.initial + state_at() : nullptr, all_columns);

@@ -15,76 +15,98 @@ struct KdaForward {
   using Tile = typename X::template Tile<R, C>;
   template <int R, int C>
   using Acc = typename X::template Acc<R, C>;
+  using Channels = typename X::template Channels<K>;
 
   struct Shared {
-    Tile<kChunk, K> q, k, read, write;  // q and read: as decayed since the entering state; write: until the leaving one
-    Tile<kChunk, V> v, right, errors;   // right: V - e^G K S0, then o on its way out
-    Tile<kChunk, kChunk> solved, within;
+    Tile<kChunk, K> q, k;
+    // q and k decayed since the entering state; beta k until the leaving one.
+    typename X::template ChannelTile<K> query, read, write;
+    Tile<kChunk, V> v, right, errors;                        // right: V - e^G K S0, then o on its way out
+    Tile<kChunk, kChunk> solved, within[2];                  // within: of even and odd chunks
     Tile<K, V> state;
-    ChannelDecays<X, K> decays;
+    typename X::template Gates<K> gates;
+    typename X::template Vector<kChunk> beta;
+    typename X::template Vector<K> whole;  // e^G_C
   };
 
   STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, int segment, int head, int column) {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads), all_columns = p.value_dim;
-    const int64_t state_at = (int64_t(segment) * p.num_v_heads + head) * K * all_columns + column;
-    const int64_t value_at = head * all_columns + column;
+    auto state_at = [&] { return (int64_t(x.anew(segment)) * p.num_v_heads + head) * K * all_columns + column; };
+    const int value_at = head * all_columns + column;
     const Real scale = p.scale;
-    const ChannelDecays<X, K> &d = s.decays;
+    constexpr bool by_channel = X::kChannelsFirst;
     Acc<K, V> state;
-    x.load_state(state, p.initial ? (const Real *)p.initial + state_at : nullptr, all_columns);
-    for (int chunk = 0, end = chunks_of(p, segment); chunk < end; ++chunk) {
+    x.load_state(state, p.initial ? (const Real *)p.initial + state_at() : nullptr, all_columns);
+    const int end = chunks_of(p, segment);
+    // Loads of a chunk begin where the one before it has read a tile for the last time.
+    auto load_tokens = [&](int chunk) {
       const Rows rows = rows_of(p, segment, chunk);
-      const int64_t block = block_of(p, rows, head);
-      const Element *pairs = (const Element *)p.solved + block * 2 * kChunk * kChunk;
-      x.sync();
       x.load(s.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
       x.load(s.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
+      const int64_t gate = rows.token * p.num_v_heads + head;
+      x.load_gates(s.gates, (const Real *)p.g + gate * K, int64_t(p.num_v_heads) * K, rows.count);
+      x.load_vector(s.beta, (const Real *)p.beta + gate, p.num_v_heads, rows.count);
+    };
+    auto load_pairs = [&](int chunk) {
+      const Rows rows = rows_of(p, segment, chunk);
+      const Element *pairs = (const Element *)p.solved + block_of(p, rows, head) * 2 * kChunk * kChunk;
       x.load(s.v, (const Element *)p.v + rows.token * p.v_stride + value_at, p.v_stride, rows.count);
-      x.load(s.solved, pairs, kChunk, kChunk);
-      x.load(s.within, pairs + kChunk * kChunk, kChunk, kChunk);
-      s.decays.load(x, p, rows.token, head, rows.count);
-      x.put(s.state, state);
+      x.load_image(s.solved, pairs);
+      x.load_image(s.within[chunk % 2], pairs + kChunk * kChunk);
+    };
+    if (end) {
+      load_tokens(0);
+      load_pairs(0);
+    }
+    for (int chunk = 0; chunk < end; ++chunk) {
+      const Rows rows = rows_of(p, segment, chunk);
+      const int64_t block = block_of(p, rows, head);
       x.wait_loads();
       x.sync();
-      s.decays.prepare(x);
-      x.fill(s.read, [&](int t, int c) { return s.k(t, c) * d.from_start(x, t, c); });
-      x.fill(s.write, [&](int t, int c) { return s.k(t, c) * d.to_end(x, t, c); });
-      x.fill(s.q, [&](int t, int c) { return scale * s.q(t, c) * d.from_start(x, t, c); });
+      x.put(s.state, state);
+      decay(x, s, scale);
       x.sync();
-      if (p.save) x.store((Element *)p.states + block * K * all_columns + column, all_columns, K, s.state);
+      if (chunk + 1 < end) load_tokens(chunk + 1);
+      if (p.save) x.store_image((Element *)p.states + (block * all_columns + column) * K, s.state);
 
-      Acc<kChunk, V> errors;
-      x.zero(errors);
-      x.template product<false, false>(errors, s.read, s.state);
+      Acc<kChunk, V> errors, out;
+      x.template start<by_channel, false>(errors, s.read, s.state);
       x.finish(errors);
-      x.each([&](int r, int c, Real &a) { a = s.v(r, c) - a; }, errors);
+      x.each_with(s.v, [&](int, int, Real v, Real &a) { a = v - a; }, errors);
       x.put(s.right, errors);
       x.sync();
 
       x.template product<false, false>(errors, s.solved, s.right);
-      Acc<kChunk, V> out;
-      x.zero(out);
-      x.template product<false, false>(out, s.q, s.state);
+      x.template start<by_channel, false>(out, s.query, s.state);
       x.finish(errors, out);
-      if (p.save) {
-        x.put(s.errors, errors);
-        x.sync();
-        x.store((Element *)p.errors + block * kChunk * all_columns + column, all_columns, kChunk, s.errors);
-        x.sync();
-      }
-      x.each([&](int r, int, Real &a) { a *= d.beta[r]; }, errors);
       x.put(s.errors, errors);
-      x.each([&](int r, int, Real &a) { a *= d.whole(x, r); }, state);
+      x.each([&](int r, int, Real &a) { a *= s.whole[r]; }, state);
       x.sync();
+      if (chunk + 1 < end) load_pairs(chunk + 1);
+      if (p.save) x.store_image((Element *)p.errors + (block * all_columns + column) * kChunk, s.errors);
 
-      x.template product<false, false>(out, s.within, s.errors);
-      x.template product<true, false>(state, s.write, s.errors);
+      x.template product<false, false>(out, s.within[chunk % 2], s.errors);
+      x.template product<!by_channel, false>(state, s.write, s.errors);
       x.finish(out, state);
       x.put(s.right, out);
       x.sync();
       x.store((Element *)p.o + rows.token * p.o_stride + value_at, p.o_stride, rows.count, s.right);
     }
-    x.store_state((Real *)p.final + state_at, all_columns, state);
+    x.store_state((Real *)p.final + state_at(), all_columns, state);
+  }
+
+ private:
+  STOKER_TILE static void decay(X &x, Shared &s, Real scale) {
+    Channels from_start, to_end, z;
+    x.decays(from_start, to_end, s.whole, s.gates);
+    x.take(z, s.q);
+    each_channel(x, [&](int, int, Real &a, Real decay) { a *= scale * decay; }, z, from_start);
+    x.put(s.query, z);
+    x.take(z, s.k);
+    each_channel(
+        x, [&](int t, int, Real a, Real &read, Real &write) { read *= a, write *= s.beta[t] * a; }, z, from_start, to_end);
+    x.put(s.read, from_start);
+    x.put(s.write, to_end);
   }
 };
 

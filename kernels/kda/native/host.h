@@ -7,6 +7,7 @@
 #include "kda/native/forward.h"
 #include "kda/native/pairs.h"
 #include "kda/native/prepare.h"
+#include "kda/native/tile_triangle.h"
 #include "native/host_entry.h"
 #include "native/host_exec.h"
 
@@ -34,26 +35,30 @@ template <class X, int K, int V>
 int kda_backward(const DeltaParams &p, int begin, int end) {
   using Real = typename X::Real;
   using Element = typename X::Element;
+  using Shares = KdaShares<X>;
   Scratchpad<typename KdaBackward<X, K, V>::Shared> scan;
   Scratchpad<typename KdaPairs<X, K, V>::Shared> pairs;
   X x;
   const int group = p.num_v_heads / p.num_qk_heads;
   const int64_t stride = int64_t(p.num_qk_heads) * K, gate_stride = int64_t(p.num_v_heads) * K;
   for (int segment = 0; segment < p.num_segments; ++segment) {
-    const int64_t first = p.cu_seqlens[segment], count = p.cu_seqlens[segment + 1] - first;
-    std::vector<Element> dq(count * K), dk(count * K);
-    std::vector<Real> dg(count * K), dbeta(count);
-    // Both programs index by the token in the batch.
-    Element *dq_at = dq.data() - first * K, *dk_at = dk.data() - first * K;
-    Real *dg_at = dg.data() - first * K, *dbeta_at = dbeta.data() - first;
+    const int chunks = chunks_of(p, segment);
+    std::vector<Element> dq(chunks * kChunk * K), dk(chunks * kChunk * K);
+    std::vector<Real> dg(chunks * kChunk * K), dbeta(chunks * kChunk);
     for (int head = begin * group; head < end * group; ++head) {
-      KdaBackward<X, K, V>::run(x, *scan, p, segment, head, 0, {dq_at, dk_at, dg_at, dbeta_at, K, K, 1});
+      // Shares of this head in this segment, by chunk.
+      auto of = [&](int chunk) {
+        const int64_t at = int64_t(chunk) * kChunk;
+        return Shares{dq.data() + at * K, dk.data() + at * K, dg.data() + at * K, dbeta.data() + at};
+      };
+      KdaBackward<X, K, V>::run(x, *scan, p, segment, head, 0, of);
       const int64_t at = int64_t(head / group) * K;
-      for (int chunk = 0; chunk < chunks_of(p, segment); ++chunk)
-        KdaPairs<X, K, V>::run(x, *pairs, p, rows_of(p, segment, chunk), head,
-                               {dq_at, dk_at, dg_at, dbeta_at, 1, K, K, 1},
-                               {(Element *)p.dq + at, (Element *)p.dk + at, (Real *)p.dg + int64_t(head) * K,
-                                (Real *)p.dbeta + head, stride, gate_stride, p.num_v_heads, head % group != 0});
+      const typename KdaPairs<X, K, V>::Target to = {
+          (Element *)p.dq + at, (Element *)p.dk + at, (Real *)p.dg + int64_t(head) * K, (Real *)p.dbeta + head,
+          stride,               gate_stride,          p.num_v_heads,                    head % group != 0};
+      for (int chunk = 0; chunk < chunks; ++chunk)
+        KdaPairs<X, K, V>::run(
+            x, *pairs, p, rows_of(p, segment, chunk), head, 1, [&](int) { return of(chunk); }, [&] { return to; });
     }
   }
   return 0;

@@ -28,29 +28,14 @@ struct LevelRules {
   STOKER_TILE const Self &self() const { return static_cast<const Self &>(*this); }
 };
 
-struct Level : LevelRules<Level> {
-  int half, shift;
-};
 template <int Shift>
 struct FixedLevel : LevelRules<FixedLevel<Shift>> {
   static constexpr int half = Shift < 0 ? 0 : 1 << (Shift & 31), shift = Shift < 0 ? 0 : Shift;
 };
 
-// f(level) for m = 32, 16, 8, 4, 2, 1 and 0. A GPU gets one copy of f's code, since seven would fill the instruction cache
-// and the registers; on the host seven vectorise better.
+// f(level) for m = 32, 16, 8, 4, 2, 1 and 0.
 template <class F>
 STOKER_TILE void for_levels(F f) {
-#if defined(__CUDACC__) || defined(STOKER_SIMT)
-#if defined(__CUDACC__)
-#pragma unroll 1
-#endif
-  for (int shift = 5; shift >= -1; --shift) {
-    Level level;
-    level.half = shift < 0 ? 0 : 1 << shift;
-    level.shift = shift < 0 ? 0 : shift;
-    f(level);
-  }
-#else
   f(FixedLevel<5>());
   f(FixedLevel<4>());
   f(FixedLevel<3>());
@@ -58,7 +43,6 @@ STOKER_TILE void for_levels(F f) {
   f(FixedLevel<1>());
   f(FixedLevel<0>());
   f(FixedLevel<-1>());
-#endif
 }
 
 }  // namespace stoker

@@ -16,161 +16,103 @@ struct KdaPairs {
   using Element = typename X::Element;
   template <int R, int C>
   using Tile = typename X::template Tile<R, C>;
-  template <int R, int C>
-  using Acc = typename X::template Acc<R, C>;
+  using Strip = typename X::template Strips<K>;
 
   struct Shared {
     Tile<kChunk, K> q, k;
-    ScaledPair<X, K> scaled;
-    Tile<kChunk, V> d_o, errors, dv;
-    Tile<kChunk, kChunk> from_q, from_k;
-    ChannelDecays<X, K> decays;
-    typename X::template Plane<kChunk, K> passing, dg;
-    typename X::template ColumnSums<kChunk> dbeta;
+    Tile<kChunk, kChunk> from_q, from_k, reads_q, reads_k;  // cotangents of N_q and N_k; these times beta of the key
+    union {
+      struct {
+        Tile<kChunk, V> d_o, errors, dv;
+      } values;
+      typename X::template TriangleGradient<K> triangle;
+    };
+    typename X::template Vector<kChunk> beta;
+    typename X::template TokenSums<kChunk> dbeta;
   };
 
-  // Shares of `count` blocks side by side for this head, [N, count, K] a head; and where the head's gradients go.
-  struct Shares {
-    const Element *dq, *dk;
-    const Real *dg, *dbeta;
-    int count;
-    int64_t stride, gate_stride, beta_stride;
-  };
   struct Target {
     Element *dq, *dk;
     Real *dg, *dbeta;
     int64_t stride, gate_stride, beta_stride;
-    bool add;  // onto the gradients of an earlier head of the group
+    bool add;  // dq and dk onto those of an earlier head of the group
   };
 
-  STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, const Rows &rows, int head, Shares from, Target to) {
+  // shares(i): those of block i of `blocks`; target(): called late, or its pointers would fill registers all the time.
+  template <class SharesOf, class TargetOf>
+  STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, const Rows &rows, int head, int blocks, SharesOf shares,
+                              TargetOf target) {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads), all_columns = p.value_dim;
     const int64_t block = block_of(p, rows, head), v_stride = int64_t(p.num_v_heads) * all_columns;
+    const int64_t gate = rows.token * p.num_v_heads + head;
     const Real scale = p.scale;
-    const ChannelDecays<X, K> &d = s.decays;
     x.sync();
     x.load(s.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
     x.load(s.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
-    s.decays.load(x, p, rows.token, head, rows.count);
+    x.load_vector(s.beta, (const Real *)p.beta + gate, p.num_v_heads, rows.count);
     x.rows(kChunk, [&](int i) {
       for (auto &part : s.dbeta.part) part[i] = 0;
     });
-    x.template cells<K>(kChunk, [&](int t, int c) { s.dg(t, c) = 0; });
 
     // dN_q = dO e^T, dN_k = -dV e^T.
-    Acc<kChunk, kChunk> dn_q, dn_k, pairs;
-    x.zero(dn_q);
-    x.zero(dn_k);
-    x.zero(pairs);
-    for (int column = 0; column < all_columns; column += V) {
-      const int64_t value_at = head * all_columns + column;
-      x.load(s.d_o, (const Element *)p.d_o + rows.token * p.d_o_stride + value_at, p.d_o_stride, rows.count);
-      x.load(s.dv, (const Element *)p.dv + rows.token * v_stride + value_at, v_stride, rows.count);
-      x.load(s.errors, (const Element *)p.errors + block * kChunk * all_columns + column, all_columns, kChunk);
-      x.wait_loads();
-      x.sync();
-      x.template product<false, true>(dn_q, s.d_o, s.errors);
-      x.template product<false, true>(dn_k, s.dv, s.errors);
-      x.finish(dn_q, dn_k);
-      x.sync();
-    }
-    s.decays.prepare(x);
-
-    Acc<kChunk, K> dq, dk;
-    load_shares(x, dq, from.dq, rows, from);
-    load_shares(x, dk, from.dk, rows, from);
-    for_levels([&](auto level) {
-      s.scaled.fill(x, level, s.q, s.k, d);
-      Acc<kChunk, kChunk> n_q, n_k;
-      x.zero(n_q);
-      x.zero(n_k);
-      x.product_level(level, n_q, s.scaled.q, s.scaled.k);
-      x.product_level(level, n_k, s.scaled.k, s.scaled.k);
-      x.finish(n_q, n_k);
-      x.each(
-          [&](int r, int i, Real &sum, Real &a, Real &b, Real da, Real db) {
-            const bool reads = level.reads(r, i), reads_key = reads && level.half;
-            const Real beta = d.beta[i], pair = scale * a * da - (level.half ? b * db : 0);
-            const Real query = scale * da * beta, key = -db * beta;
-            sum += reads ? pair : 0;
-            a = reads ? query : 0;
-            b = reads_key ? key : 0;
-          },
-          pairs, n_q, n_k, dn_q, dn_k);
-      x.put(s.from_q, n_q);
-      x.put(s.from_k, n_k);
-      x.sync();
-
-      Acc<kChunk, K> part;
-      x.zero(part);
-      x.template product_pairs<false>(level, part, s.from_q, s.scaled.k);
-      x.finish(part);
-      x.each(
-          [&](int t, int c, Real &sum, Real a) {
-            sum += a * d.across(x, level, t, c);
-            if (level.half && level.later(t)) s.passing(t, c) = a * s.scaled.q(t, c);
-          },
-          dq, part);
-      x.zero(part);
-      x.template product_pairs<false>(level, part, s.from_k, s.scaled.k);
-      x.finish(part);
-      x.each(
-          [&](int t, int c, Real &sum, Real a) {
-            sum += a * d.across(x, level, t, c);
-            if (level.half && level.later(t)) s.passing(t, c) += a * s.scaled.k(t, c);
-          },
-          dk, part);
-      x.zero(part);
-      x.template product_pairs<true>(level, part, s.from_q, s.scaled.q);
-      x.template product_pairs<true>(level, part, s.from_k, s.scaled.k);
-      x.finish(part);
-      x.each(
-          [&](int t, int c, Real &sum, Real a) {
-            sum += a * d.across(x, level, t, c);
-            if (level.half && !level.later(t)) s.passing(t, c) = a * s.scaled.k(t, c);
-          },
-          dk, part);
-      if (level.half) {
+    {
+      typename X::template Acc<kChunk, kChunk> dn_q, dn_k;
+      x.zero(dn_q);
+      x.zero(dn_k);
+      for (int column = 0; column < all_columns; column += V) {
+        const int64_t value_at = head * all_columns + column;
+        auto &v = s.values;
+        x.load(v.d_o, (const Element *)p.d_o + rows.token * p.d_o_stride + value_at, p.d_o_stride, rows.count);
+        x.load(v.dv, (const Element *)p.dv + rows.token * v_stride + value_at, v_stride, rows.count);
+        x.load_image(v.errors, (const Element *)p.errors + (block * all_columns + column) * kChunk);
+        x.wait_loads();
         x.sync();
-        x.half_sums(level, s.dg, s.passing);
+        x.template product<false, true>(dn_q, v.d_o, v.errors);
+        x.template product<false, true>(dn_k, v.dv, v.errors);
+        x.finish(dn_q, dn_k);
+        x.sync();
       }
-    });
-    x.column_sums(s.dbeta, pairs);
+      x.each(
+          [&](int r, int i, Real &a, Real &b) {
+            a = i <= r ? scale * a : 0;
+            b = i < r ? -b : 0;
+          },
+          dn_q, dn_k);
+      x.put(s.from_q, dn_q);
+      x.put(s.from_k, dn_k);
+      x.each([&](int, int i, Real &a, Real &b) { a *= s.beta[i], b *= s.beta[i]; }, dn_q, dn_k);
+      x.put(s.reads_q, dn_q);
+      x.put(s.reads_k, dn_k);
+    }
+    x.sync();
 
+    Strip dq, dk, dg;
+    x.template zero_strip<K>(dq);
+    x.template zero_strip<K>(dk);
+    x.template zero_strip<K>(dg);
+    s.triangle.add(x, dq, dk, dg, s.dbeta, s.q, s.k, s.from_q, s.from_k, s.reads_q, s.reads_k, s.beta,
+                   (const Real *)p.g + gate * K, int64_t(p.num_v_heads) * K, rows.count);
+    const Target to = target();
+    for (int i = 0; i < blocks; ++i) {
+      const KdaShares<X> share = shares(i);
+      x.template recall<K>(dq, share.dq);
+      x.template recall<K>(dk, share.dk);
+      x.template recall<K>(dg, share.dg);
+    }
+    if (to.add) {
+      x.template add_strip<K>(dq, to.dq + rows.token * to.stride, to.stride, rows.count);
+      x.template add_strip<K>(dk, to.dk + rows.token * to.stride, to.stride, rows.count);
+    }
+    x.template store_strip<K>(to.dq + rows.token * to.stride, to.stride, rows.count, dq);
+    x.template store_strip<K>(to.dk + rows.token * to.stride, to.stride, rows.count, dk);
+    x.template store_strip<K>(to.dg + rows.token * to.gate_stride, to.gate_stride, rows.count, dg);
     x.sync();
-    put_gradient(x, s.q, dq, to.dq, rows, to);
-    put_gradient(x, s.k, dk, to.dk, rows, to);
-    x.sync();
-    x.store(to.dq + rows.token * to.stride, to.stride, rows.count, s.q);
-    x.store(to.dk + rows.token * to.stride, to.stride, rows.count, s.k);
-    x.template cells<K>(rows.count, [&](int t, int c) {
-      Real sum = s.dg(t, c);
-      for (int i = 0; i < from.count; ++i) sum += from.dg[(rows.token + t) * from.gate_stride + i * K + c];
-      to.dg[(rows.token + t) * to.gate_stride + c] = sum;
-    });
     x.rows(rows.count, [&](int t) {
       Real sum = 0;
       for (auto &part : s.dbeta.part) sum += part[t];
-      for (int i = 0; i < from.count; ++i) sum += from.dbeta[(rows.token + t) * from.beta_stride + i];
+      for (int i = 0; i < blocks; ++i) sum += shares(i).dbeta[t];
       to.dbeta[(rows.token + t) * to.beta_stride] = sum;
     });
-  }
-
- private:
-  STOKER_TILE static void load_shares(X &x, Acc<kChunk, K> &acc, const Element *shares, const Rows &rows, Shares from) {
-    x.zero(acc);
-    for (int i = 0; i < from.count; ++i)
-      x.each(
-          [&](int t, int c, Real &a) {
-            if (t < rows.count) a += Real(shares[(rows.token + t) * from.stride + i * K + c]);
-          },
-          acc);
-  }
-  STOKER_TILE static void put_gradient(X &x, Tile<kChunk, K> &out, Acc<kChunk, K> &acc, const Element *to,
-                                       const Rows &rows, const Target &t) {
-    if (t.add)
-      x.each([&](int r, int c, Real &a) { a += r < rows.count ? Real(to[(rows.token + r) * t.stride + c]) : 0; }, acc);
-    x.put(out, acc);
   }
 };
 

@@ -1,4 +1,5 @@
-// Before the scan, all chunks at once: the pairs of a chunk's tokens, N_q for the queries and T for the keys.
+// Before the scan, all chunks at once: the pairs of a chunk's tokens, T - I for the keys and N_q diag(beta) for the
+// queries.
 #pragma once
 
 #include "kda/native/chunk.h"
@@ -11,53 +12,47 @@ struct KdaPrepare {
   using Executor = X;
   using Real = typename X::Real;
   using Element = typename X::Element;
+  template <int R, int C>
+  using Tile = typename X::template Tile<R, C>;
 
   struct Shared {
-    typename X::template Tile<kChunk, K> q, k;
-    ScaledPair<X, K> scaled;
-    typename X::template Tile<kChunk, kChunk> out;
-    ChannelDecays<X, K> decays;
-    typename X::template Scratch<kChunk> scratch;
+    union {
+      struct {
+        Tile<kChunk, K> q, k;
+      } tokens;
+      struct {
+        Tile<kChunk, kChunk> out;
+        typename X::template Scratch<kChunk> scratch;
+      } inverse;
+    };
+    typename X::template Triangle<K> triangle;
+    typename X::template Vector<kChunk> beta;
   };
 
   STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, const Rows &rows, int head) {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads);
+    const int64_t gate = rows.token * p.num_v_heads + head;
     const Real scale = p.scale;
     x.sync();
-    x.load(s.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
-    x.load(s.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
-    s.decays.load(x, p, rows.token, head, rows.count);
+    x.load(s.tokens.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
+    x.load(s.tokens.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
+    x.load_vector(s.beta, (const Real *)p.beta + gate, p.num_v_heads, rows.count);
     x.wait_loads();
     x.sync();
-    s.decays.prepare(x);
 
     typename X::template Acc<kChunk, kChunk> n_q, n_k;
-    x.zero(n_q);
-    x.zero(n_k);
-    for_levels([&](auto level) {
-      s.scaled.fill(x, level, s.q, s.k, s.decays);
-      typename X::template Acc<kChunk, kChunk> q, k;
-      x.zero(q);
-      x.zero(k);
-      x.product_level(level, q, s.scaled.q, s.scaled.k);
-      x.product_level(level, k, s.scaled.k, s.scaled.k);
-      x.finish(q, k);
-      x.each(
-          [&](int r, int i, Real &sum_q, Real &sum_k, Real a, Real b) {
-            const bool reads = level.reads(r, i), reads_key = reads && level.half;
-            const Real key = b * s.decays.beta[i];
-            sum_q += reads ? scale * a : 0;
-            sum_k += reads_key ? key : 0;
-          },
-          n_q, n_k, q, k);
-    });
+    s.triangle.products(x, n_q, n_k, s.tokens.q, s.tokens.k, (const Real *)p.g + gate * K, int64_t(p.num_v_heads) * K,
+                        rows.count);
+    x.each([&](int, int i, Real &a) { a *= scale * s.beta[i]; }, n_q);
+    x.each([&](int, int i, Real &a) { a *= s.beta[i]; }, n_k);
+
     Element *to = (Element *)p.solved + block_of(p, rows, head) * 2 * kChunk * kChunk;
-    x.unit_lower_inverse(s.out, n_k, s.scratch);
-    x.store(to, kChunk, kChunk, s.out);
+    x.unit_lower_inverse(s.inverse.out, n_k, s.inverse.scratch);
+    x.store_image(to, s.inverse.out);
     x.sync();
-    x.put(s.out, n_q);
+    x.put(s.inverse.out, n_q);
     x.sync();
-    x.store(to + kChunk * kChunk, kChunk, kChunk, s.out);
+    x.store_image(to + kChunk * kChunk, s.inverse.out);
   }
 };
 

@@ -1,6 +1,6 @@
 // The operations of the executors, each as a tile program of its own, over plain row-major arrays: run by the emulated
 // thread block, and by the host in float, double and with bfloat16 tiles.
-#include "kda/native/levels.h"
+#include "kda/native/chunk.h"
 #include "native/abi.h"
 #include "native/block_exec.h"
 #include "native/host_entry.h"
@@ -96,13 +96,14 @@ struct Ragged {
   }
 };
 
-// Of x [64, 64]: out [5, 64] = sums of the rows, of the columns, of all (first of its row), passing sums, and running
-// sums of x's first `rows` numbers.
+// Of x and a tile a, both [64, 64]: out [5, 64] = their products summed along the rows, x summed down the columns, the
+// products summed over all, what passes each token, and running sums of x's first `rows` numbers.
 template <class X>
 struct Sums {
   using Executor = X;
   using Real = typename X::Real;
   struct Shared {
+    typename X::template Tile<64, 64> tile;
     typename X::template RowSums<64> rows;
     typename X::template ColumnSums<64> columns;
     typename X::Total total;
@@ -113,6 +114,7 @@ struct Sums {
   static void run(X &x, Shared &s, const Arrays &p) {
     typename X::template Acc<64, 64> acc;
     x.load_state(acc, (const Real *)p.x, 64);
+    x.load(s.tile, (const typename X::Element *)p.a, 64, 64);
     x.load_vector(s.numbers, (const Real *)p.x, 1, p.rows);
     x.rows(64, [&](int i) {
       for (auto &part : s.rows.part) part[i] = 0;
@@ -122,9 +124,9 @@ struct Sums {
     });
     x.wait_loads();
     x.sync();
-    x.row_sums(s.rows, [](int, int, Real a) { return a; }, acc);
+    x.row_dots(s.rows, s.tile, acc);
     x.column_sums(s.columns, acc);
-    x.total(s.total, [](int, int, Real a) { return a; }, acc);
+    x.total_dot(s.total, s.tile, acc);
     x.running_sum(s.running, s.numbers, [](int, typename X::Wide, typename X::Wide) {});
     x.sync();
     x.passing_sums(s.passing, acc, s.scratch);
@@ -161,33 +163,65 @@ struct Inverse {
   }
 };
 
-// out [3, 64, C]: running, suffix and prefix sums down the columns of the first `rows` rows of x [64, C].
-template <class X, int C>
-struct Planes {
+// Of log decays x [64, K], of which `rows` rows count, and tokens a [64, K]: out [7, 64, K] = e^G, e^(G_C - G), a, its
+// sums from each token on and before it, what was kept of it in memory, and a row of e^G_C above one of a's sums by token.
+template <class X, int K>
+struct ChannelSums {
   using Executor = X;
   using Real = typename X::Real;
   struct Shared {
-    typename X::template Plane<64, C> plane;
+    typename X::template Tile<64, K> tokens;
+    typename X::template Gates<K> gates;
+    typename X::template Vector<K> whole;
+    typename X::template TokenSums<64> sums;
   };
-  template <class Operation>
-  static void one(X &x, Shared &s, const Arrays &p, Real *out, Operation operation) {
-    x.load_plane(s.plane, (const Real *)p.x, C, p.rows);
-    x.wait_loads();
-    x.sync();
-    operation();
-    x.sync();
-    x.template cells<C>(64, [&](int r, int c) { out[r * C + c] = s.plane(r, c); });
-    x.sync();
-  }
   static void run(X &x, Shared &s, const Arrays &p) {
     Real *out = (Real *)p.out;
-    one(x, s, p, out, [&] { x.running_sums(s.plane); });
-    one(x, s, p, out + 64 * C, [&] { x.suffix_sums(s.plane); });
-    one(x, s, p, out + 2 * 64 * C, [&] { x.prefix_sums(s.plane); });
+    auto write = [&](int plane, auto &channels) {
+      each_channel(x, [&](int t, int c, Real &a) { out[(plane * 64 + t) * K + c] = a; }, channels);
+    };
+    x.load(s.tokens, (const typename X::Element *)p.a, K, 64);
+    x.load_gates(s.gates, (const Real *)p.x, K, p.rows);
+    x.rows(64, [&](int t) {
+      for (auto &part : s.sums.part) part[t] = 0;
+    });
+    x.wait_loads();
+    x.sync();
+    typename X::template Channels<K> from_start, to_end, tokens, from, before;
+    x.decays(from_start, to_end, s.whole, s.gates);
+    write(0, from_start);
+    write(1, to_end);
+    x.take(tokens, s.tokens);
+    write(2, tokens);
+    x.take(from, s.tokens);
+    x.take(before, s.tokens);
+    x.sync();
+    x.sums_from(from, s.gates);
+    x.sums_before(before, s.gates);
+    x.sync();
+    x.lay_by(s.gates, from);
+    x.take_up(from, s.gates);
+    write(3, from);
+    write(4, before);
+    x.token_sums(s.sums, [](int, int, Real a) { return a; }, tokens);
+    x.keep(out + 5 * 64 * K, tokens);
+    x.sync();
+    typename X::template Strips<K> strip;
+    x.template zero_strip<K>(strip);
+    x.template recall<K>(strip, out + 5 * 64 * K);
+    x.template recall<K>(strip, out + 5 * 64 * K);
+    x.sync();
+    x.template store_strip<K>(out + 5 * 64 * K, K, 64, strip);
+    x.rows(K, [&](int c) { out[6 * 64 * K + c] = s.whole[c]; });
+    x.rows(64, [&](int t) {
+      Real sum = 0;
+      for (auto &part : s.sums.part) sum += part[t];
+      out[(6 * 64 + 1) * K + t] = sum;
+    });
   }
 };
 
-// out [6, 64, C] += half sums of x [64, C], halves of 32, 16, 8, 4, 2 and 1.
+// out [6, 64, C] += half sums of x [64, C], halves of 32, 16, 8, 4, 2 and 1: on the host.
 template <class X, int C>
 struct Halves {
   using Executor = X;
@@ -201,12 +235,8 @@ struct Halves {
     for_levels([&](auto level) {
       if (!level.half) return;
       x.load_plane(s.to, out, C, 64);
-      x.wait_loads();
-      x.sync();
       x.half_sums(level, s.to, s.plane);
-      x.sync();
-      x.template cells<C>(64, [&](int r, int c) { out[r * C + c] = s.to(r, c); });
-      x.sync();
+      memcpy(out, s.to.at, sizeof s.to.at);
       out += 64 * C;
     });
   }
@@ -254,10 +284,12 @@ int run(int operation, const Arrays &p) {
     case 8: return launched<Ragged<X>>(p);
     case 9: return launched<Sums<X>>(p);
     case 10: return launched<Inverse<X>>(p);
-    case 11: return launched<Planes<X, 64>>(p);
-    case 12: return launched<Planes<X, 128>>(p);
-    case 13: return launched<Halves<X, 64>>(p);
-    case 14: return launched<Halves<X, 128>>(p);
+    case 11: return launched<ChannelSums<X, 64>>(p);
+    case 12: return launched<ChannelSums<X, 128>>(p);
+  }
+  if constexpr (!std::is_same_v<X, BlockExec>) {
+    if (operation == 13) return launched<Halves<X, 64>>(p);
+    if (operation == 14) return launched<Halves<X, 128>>(p);
   }
   return kUnsupported;
 }
