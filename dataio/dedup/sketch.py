@@ -124,7 +124,7 @@ def _fill_empty_bins(least: NDArray[np.uint32]) -> None:
         own = bins.copy()
         for place in range(NUM_BINS):
             attempt = np.uint64(0)
-            at = place
+            at = np.int64(place)
             while own[at] == empty:
                 attempt += np.uint64(1)
                 draw = _mix(np.uint64(place) * np.uint64(0x9E3779B97F4A7C15) + attempt)
