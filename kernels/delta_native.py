@@ -17,7 +17,7 @@ from kernels import delta_op, toolchain
 from kernels.chunk_size import CHUNK
 from kernels.native_rows import in_threads, never
 from kernels.precision import compute_dtype
-from kernels.registry import Implementation
+from kernels.registry import Implementation, Supports
 from kernels.segments import segment_bounds
 
 #: Head dims (K, V) that the libraries are built for.
@@ -83,30 +83,44 @@ def implementations(op: str) -> list[Implementation]:
 
 
 def _host(op: str, name: str) -> Implementation:
-    def supports(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-        fits = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and shape in HOST_DIMS
-        return fits and toolchain.host_library() is not None
+    def takes(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and shape in HOST_DIMS
 
-    return Implementation(name, _operator(op, name, _run_host, compute_dtype), supports)
+    def supports(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        return takes(device, dtype, shape) and toolchain.host_library() is not None
+
+    return Implementation(name, _operator(op, name, _run_host, compute_dtype), supports, takes=takes)
 
 
 def _model(op: str, name: str) -> Implementation:
-    return Implementation(name, _operator(op, name, _run_model), never)
+    def takes(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        return device == "cpu" and dtype in (torch.float64, torch.bfloat16) and shape == MODEL_DIMS
+
+    return Implementation(name, _operator(op, name, _run_model), never, takes=takes)
+
+
+def _device_takes(where: str) -> Supports:
+    def takes(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        fits = shape[0] in GPU_KEY_DIMS and shape[1] % GPU_VALUE_BLOCK == 0
+        return device == where and dtype == torch.bfloat16 and fits
+
+    return takes
 
 
 def _cuda(op: str, name: str, suffix: str = "") -> Implementation:
     """``suffix``: behind the names of its entry points, which not every architecture's library has."""
+    takes = _device_takes("cuda")
 
     def supports(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-        fits = dtype == torch.bfloat16 and shape[0] in GPU_KEY_DIMS and shape[1] % GPU_VALUE_BLOCK == 0
-        library = toolchain.cuda_library() if device == "cuda" and fits else None
+        library = toolchain.cuda_library() if takes(device, dtype, shape) else None
         return library is not None and library.has(f"stoker_{op}_forward{suffix}")
 
-    return Implementation(name, _operator(op, name, partial(_run_cuda, suffix)), supports)
+    return Implementation(name, _operator(op, name, partial(_run_cuda, suffix)), supports, takes=takes)
 
 
 def _emulated(op: str, name: str, suffix: str = "") -> Implementation:
-    return Implementation(name, _operator(op, name, partial(_run_emulated, suffix)), never)
+    operator = _operator(op, name, partial(_run_emulated, suffix))
+    return Implementation(name, operator, never, takes=_device_takes("cpu"))
 
 
 def _unchanged(dtype: torch.dtype) -> torch.dtype:

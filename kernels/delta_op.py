@@ -127,6 +127,10 @@ def check_shapes(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise Refusal(f"{op}: {name} has shape {tuple(tensor.shape)}, v and k ask for {shape}")
+    tensors = {"v": v, "cu_seqlens": cu_seqlens} | {name: tensor for name, (tensor, _) in expected.items()}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != q.device:
+            raise Refusal(f"{op}: {name} is on {tensor.device} and q on {q.device}; move it there")
     if Hk == 0 or Hv % Hk:
         raise Refusal(f"{op}: {Hv} value heads are not a multiple of {Hk} query-key heads")
     if cu_seqlens.shape[0] < 2:

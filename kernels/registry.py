@@ -30,12 +30,14 @@ def anywhere(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Implementation:
-    """``cost``: device type -> what is lost by running there (an implementation absent from it is at home)."""
+    """``supports``: is it to be chosen for a call. ``takes``: would it compute the call rightly if it were asked to.
+    ``cost``: device type -> what is lost by running there (an implementation absent from it is at home)."""
 
     name: str
     run: Callable[..., Any]
     supports: Supports = anywhere
     cost: Mapping[str, str] = field(default_factory=dict)
+    takes: Supports = anywhere
 
 
 _implementations: dict[str, list[Implementation]] = {}
@@ -64,16 +66,22 @@ def able(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ..
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Implementation:
-    """The implementation to run; says which, once per operator, device and dtype. Can be traced by torch.compile."""
+    """The implementation to run; says which, once per operator, device and dtype. Can be traced by torch.compile.
+
+    One that was asked for and cannot take this call (bfloat16 only, another device) gives way to the preferred one."""
     sizes = tuple(map(operator.index, shape))  # a size that torch.compile took for a variable is a number from here on
-    chosen = _named(op, _forced.get(op) or _preferred(op, device.type, dtype, sizes))
-    _announce(op, device.type, str(dtype), chosen.name, chosen.cost.get(device.type, ""))
+    forced, note = _forced.get(op), ""
+    if forced and not _named(op, forced).takes(device.type, dtype, sizes):
+        forced, note = None, f"{forced} was asked for and does not take this"
+    chosen = _named(op, forced or _preferred(op, device.type, dtype, sizes))
+    _announce(op, device.type, str(dtype), chosen.name, note or chosen.cost.get(device.type, ""))
     return chosen
 
 
 @contextmanager
 def force(op: str, name: str) -> Iterator[None]:
-    """Within the context every call of ``op`` runs the implementation ``name``. Refusal if there is none."""
+    """Within the context every call of ``op`` that the implementation ``name`` takes runs it. Refusal if there is no
+    such implementation."""
     _named(op, name)
     before = _forced.get(op)
     _forced[op] = name

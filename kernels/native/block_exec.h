@@ -18,7 +18,7 @@ struct BlockExec : BlockLevels {
     multiply<true, TransA, TransB>(acc, a, b);
   }
 
-  // Waits for the products of these accumulators: all that were begun.
+  // Waits for all products that were begun. Every accumulator under way must be named, or the compiler may read it before.
   template <class... Accs>
   STOKER_DEVICE void finish(Accs &...accs) {
 #if defined(STOKER_WARPGROUP)

@@ -91,10 +91,12 @@ struct BlockLevels : BlockInverse {
       copy16_async(to + j * step * Gates<K>::stride, at, r + j * step < rows);
   }
 
-  // from_start = e^G, to_end = e^(G_C - G), whole[c] = e^G_C; `whole` is there after the next barrier.
+  // from_start = e^G, to_end = e^(G_C - G), whole[c] = e^G_C; `whole` is there after the next barrier. It is made of the sum
+  // of g, since it decays the state chunk after chunk: a product of rounded factors would be off by the same every time.
   template <int K>
   STOKER_DEVICE void decays(Channels<K> &from_start, Channels<K> &to_end, Vector<K> &whole, Gates<K> &gates) {
     using A = Channels<K>;
+    sum_gates(whole, gates);
     const Place<K, 64> at(*this);
     const bool odd = lane & 1, high = lane & 2;
 #pragma unroll
@@ -125,9 +127,6 @@ struct BlockLevels : BlockInverse {
           scale(from_start, h, other);
         else
           after = other;
-        if (part == 0 && lane % 4 == 0) whole[c] = before * other;
-      } else if (lane % 4 == 0) {
-        whole[c] = before;
       }
 #pragma unroll
       for (int j = A::tiles - 1; j >= 0; --j) {
@@ -276,6 +275,19 @@ struct BlockLevels : BlockInverse {
   }
 
  private:
+  // whole[c] = e^G_C: neighbouring threads share out the tokens of a channel.
+  template <int K>
+  STOKER_DEVICE void sum_gates(Vector<K> &whole, const Gates<K> &gates) {
+    constexpr int threads = kThreads / K, tokens = 64 / threads;
+    const int i = opaque(thread), c = i / threads;
+    const float *at = gates.at + i % threads * tokens * Gates<K>::stride + c;
+    float sum = 0;
+#pragma unroll 8
+    for (int t = 0; t < tokens; ++t) sum += shared_load(at + t * Gates<K>::stride);
+#pragma unroll
+    for (int mask = 1; mask < threads; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (i % threads == 0) whole[c] = exp(sum);
+  }
   template <bool FromHere, int K>
   STOKER_DEVICE void sums_along(Acc<K, 64> &x, Gates<K> &gates) {
     using A = Acc<K, 64>;

@@ -7,8 +7,8 @@
 namespace stoker {
 namespace STOKER_ISA {
 
-// Stops the kernel loudly where bounds do not rise from 0 to the number of tokens: reads and writes would go astray. The
-// host never looks at them, since it would have to wait. Called by one block.
+// Stops the kernel loudly where bounds do not rise from 0 to the number of tokens, as soon as one block has seen it: reads
+// and writes of others may have gone astray by then. The host never looks at them, since it would have to wait.
 STOKER_DEVICE void require_bounds(const DeltaParams &p) {
   const int32_t *cu = p.cu_seqlens;
   bool wrong = cu[0] != 0 || cu[p.num_segments] != p.num_tokens;

@@ -4,9 +4,9 @@
 ``build.json``, its record, with the library's SHA-256. An entry is made in a folder beside it and renamed, by one
 process of a machine at a time; one that is killed leaves a folder that is never read, and the next one removes it.
 
-Who builds also removes what was not used for longest. A process locks the record of an entry that it found, shared, for
-as long as it lives, and an entry goes only under a lock that nobody shares: on a file system of several machines a
-library that vanished would take its users with it.
+Who builds also removes what was not used for longest, and what has no target of today in its name. A process locks the
+record of an entry that it found, shared, for as long as it lives, and an entry goes only under a lock that nobody
+shares, damaged or not: on a file system of several machines a library that vanished would take its users with it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kernels.toolchain import sources
 from stoker import formats
 from stoker.errors import Refusal
 from stoker.files import write_atomic
@@ -33,6 +34,8 @@ FORMAT, VERSION = "native-build", 1
 RECORD = "build.json"
 #: Entries of a target that are left when another is made, and how stale the time of their last use may be.
 KEPT, USE_SECONDS = 8, 3600.0
+#: Unused for so long, an entry that no known target names, as those of former versions, is removed.
+FORMER_SECONDS = 24 * 3600.0
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ def _read(place: Path) -> Entry:
 
 def find_built_elsewhere(contents: str) -> Entry | None:
     """The last used whole entry of the same `contents` (a hash), by whatever compiler: for machines that have none."""
-    for place in sorted((path.parent for path in folder().glob(f"*/{RECORD}")), key=_last_use, reverse=True):
+    for place in sorted(_entries(), key=_last_use, reverse=True):
         with suppress(FileNotFoundError):  # removed meanwhile
             if contents in (place / RECORD).read_text() and (entry := find(place.name)):
                 return entry
@@ -116,7 +119,8 @@ def obtain(key: str, target: str, build: Callable[[Path], dict[str, Any]]) -> En
     """The entry `key`, made first if it is not there by ``build(empty folder) -> record``, which leaves its library in
     that folder and names it in the record. Processes that want it meanwhile wait for the one that builds.
 
-    Refusal if the cache cannot be written; whatever `build` raises, with nothing left behind.
+    Refusal if the cache cannot be written, or if the entry is damaged while a process uses it; whatever `build` raises,
+    with nothing left behind.
     """
     if entry := find(key):
         return entry
@@ -128,7 +132,7 @@ def obtain(key: str, target: str, build: Callable[[Path], dict[str, Any]]) -> En
         if place.exists():
             if entry := find(key):
                 return entry
-            place.rename(folder() / f".{target}-{uuid.uuid4().hex}.tmp")
+            _remove_damaged(place, target)
         staging = folder() / f".{target}-{uuid.uuid4().hex}.tmp"
         staging.mkdir()
         try:
@@ -155,13 +159,48 @@ def _publish(staging: Path, place: Path) -> None:
 
 
 def _prune(target: str, made: Path) -> None:
-    """Remove all entries of a target but ``made``, the KEPT - 1 that were used last, and those in use."""
-    others = {path.parent for path in folder().glob(f"{target}-*/{RECORD}")} - {made}
-    for place in sorted(others, key=_last_use, reverse=True)[KEPT - 1 :]:
-        with suppress(OSError), open(place / RECORD, "r+b") as record:  # NFS locks alone what is open for writing only
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            away = place.rename(folder() / f".{target}-{uuid.uuid4().hex}.tmp")
-            shutil.rmtree(away, ignore_errors=True)
+    """Remove all entries of a target but ``made``, the KEPT - 1 that were used last, and those in use; and all that no
+    target names, unless they are in use or were within FORMER_SECONDS."""
+    others = sorted(set(_entries()) - {made}, key=_last_use, reverse=True)
+    surplus = [place for place in others if place.name.startswith(f"{target}-")][KEPT - 1 :]
+    named = tuple(f"{name}-" for name in (target, *sources.all_targets()))
+    since = time.time() - FORMER_SECONDS
+    former = [place for place in others if not place.name.startswith(named) and _last_use(place) < since]
+    for place in (*surplus, *former):
+        with suppress(OSError):
+            _remove(place, target)
+
+
+def _remove(place: Path, target: str) -> None:
+    """OSError, and nothing is removed, if a process uses the entry, if it is gone, or if nobody can lock it."""
+    with open(place / RECORD, "r+b") as record:  # NFS locks alone what is open for writing only
+        fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(record.fileno()), os.stat(place / RECORD)):
+            raise OSError(f"{place} was made anew before it was locked")
+        shutil.rmtree(_set_aside(place, target), ignore_errors=True)
+
+
+def _remove_damaged(place: Path, target: str) -> None:
+    """Refusal if a process uses the entry: what could not be read here, for once, may be whole where it is mapped."""
+    try:
+        _remove(place, target)
+    except FileNotFoundError:  # without a record nobody finds it, so nobody uses it
+        with suppress(FileNotFoundError):
+            shutil.rmtree(_set_aside(place, target), ignore_errors=True)
+    except OSError as error:
+        raise Refusal(
+            f"{place} is damaged, and not replaced because a process uses it or it cannot be locked "
+            f"({error.strerror or error}): end what uses it and remove the folder, or set STOKER_CACHE to another one"
+        ) from error
+
+
+def _set_aside(place: Path, target: str) -> Path:
+    return place.rename(folder() / f".{target}-{uuid.uuid4().hex}.tmp")
+
+
+def _entries() -> list[Path]:
+    """Every entry. Names that begin with a dot are of what is unfinished, or about to be removed."""
+    return [record.parent for record in folder().glob(f"[!.]*/{RECORD}")]
 
 
 def _last_use(place: Path) -> float:

@@ -42,8 +42,13 @@ def known_isas(machine: str | None = None) -> list[str]:
 
 @cache
 def best_isa() -> str:
-    """The newest set of ISA_FLAGS whose instructions this machine's processor has all of."""
-    found = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    """The newest set of ISA_FLAGS whose instructions this machine's processor has all of; the baseline where no Linux
+    says what it has."""
+    try:
+        said = CPUINFO.read_text()
+    except FileNotFoundError:
+        return "baseline"
+    found = re.search(r"^flags\s*:(.*)$", said, re.MULTILINE)
     features = {f"-m{feature}" for feature in found[1].split()} if found else set()
     return next(isa for isa, flags in reversed(ISA_FLAGS.items()) if features.issuperset(flags))
 
@@ -51,6 +56,11 @@ def best_isa() -> str:
 def host_target(isa: str) -> str:
     """Every set has a library of its own, so a machine compiles what its processor runs best and nothing else."""
     return f"{HOST}_{isa}"
+
+
+def all_targets() -> list[str]:
+    """What libraries are built for, on this machine or another."""
+    return [*map(host_target, ISA_FLAGS), SIMT, *ARCHITECTURES]
 
 
 def host_units(home: Path, isa: str) -> list[Unit]:

@@ -223,19 +223,17 @@ def isolated(run: Runner, lengths: tuple[int, ...] = (65, 64, 1, 40), damaged: i
         assert torch.equal(x[kept], expected[name][kept]), name
 
 
-def every_length(
-    run: Runner, lengths: tuple[int, ...], dims: tuple[int, int] = (64, 64), wanted: Sequence[str] = TOKENS
-) -> None:
+def every_length(run: Runner, lengths: tuple[int, ...], dims: tuple[int, int] = (64, 64)) -> None:
     """Packed, all sequences are accurate; alone, each gives the same bits as in the pack."""
     inputs, exact = sample(run.rule, lengths, (1, 1), dims, BF16)
-    packed = run(inputs, lengths, wanted)
+    packed = run(inputs, lengths, TOKENS)
     judge(packed, {name: exact[name] for name in packed})
     start = 0
     for index, length in enumerate(lengths):
         part, row = slice(start, start + length), slice(index, index + 1)
         alone = {name: x[row if name == "initial_state" else part] for name, x in inputs.items()}
         with _cotangents_of(lengths, part, row, dims):
-            found = run(alone, [length], wanted)
+            found = run(alone, [length], TOKENS)
         expected = {name: x[row if name == "final_state" else part] for name, x in packed.items()}
         assert not differing(found, expected), (length, differing(found, expected))
         start += length

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import delta_native, toolchain
+from kernels import delta_native, registry, toolchain
 from kernels.samples import Decay, cu_seqlens_of
+from kernels.segment_scan.split import split_delta
+from kernels.tolerance import error
 from tests.kernels.delta_rules import (
     BF16,
     FEW,
@@ -70,7 +73,9 @@ def test_hard_inputs_are_no_harder_than_for_the_model(name: str, rule: Rule, poi
 @pytest.mark.parametrize(
     ("heads", "dims"),
     [
-        ((1, 2), (128, 256)),
+        ((1, 2), (64, 192)),
+        pytest.param((1, 2), (128, 256), marks=verify),
+        pytest.param((2, 2), (128, 192), marks=verify),
         *(pytest.param((1, 2), dims, marks=verify) for dims in [(64, 64), (64, 128), (128, 64), (128, 128)]),
         *(pytest.param(heads, (64, 64), marks=verify) for heads in [(2, 2), (1, 3)]),
     ],
@@ -78,7 +83,7 @@ def test_hard_inputs_are_no_harder_than_for_the_model(name: str, rule: Rule, poi
 def test_all_head_dims_are_within_the_thresholds(
     heads: tuple[int, int], dims: tuple[int, int], rule: Rule, poisoned_memory: None
 ) -> None:
-    """Few heads: the values are split in blocks of 64 columns, whose partial gradients the last kernel sums."""
+    """192 columns are three blocks of 64, whose partial gradients are summed; 256 are two of 128."""
     inputs, exact = sample(rule, FEW, heads, dims, BF16)
     assert_within(errors_by_head(rule.run("emulated", inputs, FEW), exact), THRESHOLDS)
 
@@ -119,6 +124,28 @@ def test_products_of_warpgroups_give_the_same_bits(dims: tuple[int, int], rule: 
     lengths = (130, 0, 64, 1)
     inputs = rule.inputs(lengths, (1, 2), dims, BF16)
     assert differing(rule.run("emulated_hopper", inputs, lengths), rule.run("emulated", inputs, lengths)) == []
+
+
+def test_a_slow_decay_is_as_slow_after_sixteen_thousand_tokens(rule: Rule) -> None:
+    """Of keys that write nothing only the state's own decay is left: an error of one rounding a token would be 5e-4."""
+    lengths, g = (1 << 14,), -3e-8
+    inputs = rule.inputs(lengths, (1, 1), (64, 64), BF16)
+    inputs["k"].zero_()
+    inputs["g"].fill_(g)
+    final = rule.run("emulated", inputs, lengths, ())["final_state"].double()
+    assert error(final, inputs["initial_state"].double() * math.exp(g * lengths[0])) <= 5e-5
+
+
+def test_cutting_sequences_costs_no_accuracy(rule: Rule) -> None:
+    """The pairs of the pieces are made in float32, by whatever takes it, where bfloat16 kernels were asked for."""
+    lengths = (100, 65)
+    inputs, exact = sample(rule, lengths, (1, 2), (64, 64), BF16)
+    whole = rule.run("emulated", inputs, lengths, ())
+    q, k, v, g, beta, initial = inputs.values()
+    with registry.force(rule.op, "emulated"):
+        o, final_state = split_delta(q, k, v, g, beta, cu_seqlens_of(lengths), initial, piece_tokens=64)
+    for name, actual in {"o": o, "final_state": final_state}.items():
+        assert error(actual, exact[name]) <= 1.5 * max(error(whole[name], exact[name]), 0.1 * THRESHOLDS[name]), name
 
 
 def test_packed_equals_separate_and_no_token_sees_a_later_one(rule: Rule) -> None:

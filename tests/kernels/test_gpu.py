@@ -20,7 +20,7 @@ from tests.kernels.device_checks import Runner
 
 pytestmark = pytest.mark.gpu
 
-DIMS = [(64, 64), (64, 128), (128, 64), (128, 128), (128, 256)]
+DIMS = [(64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (128, 256)]
 EVERY_LENGTH = tuple(range(1, 131))
 #: Implementations that are kernels of ours.
 NATIVE = ("cuda", "hopper")
@@ -91,10 +91,9 @@ def test_every_length_packed_and_alone(run: Runner) -> None:
     checks.every_length(run, EVERY_LENGTH)
 
 
-def test_outputs_of_wide_heads_packed_and_alone(run: Runner) -> None:
-    """Their gradients may differ in the last bit: how many value columns a block takes depends on how many there are,
-    and with it the order in which columns are summed."""
-    checks.every_length(run, (1, 63, 64, 65, 130), (128, 128), wanted=())
+@pytest.mark.parametrize("dims", [(128, 128), (64, 192)], ids=str)
+def test_wide_heads_packed_and_alone(dims: tuple[int, int], run: Runner) -> None:
+    checks.every_length(run, (1, 63, 64, 65, 130), dims)
 
 
 def test_columns_of_a_wide_projection(run: Runner) -> None:

@@ -55,6 +55,32 @@ def test_forcing_holds_inside_the_context_only_and_nests(scratch_op: str) -> Non
     assert chosen() == "narrow"
 
 
+def test_one_that_does_not_take_a_call_gives_way_and_that_is_said(
+    scratch_op: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def takes(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        return dtype == torch.bfloat16
+
+    registry.register(scratch_op, registry.Implementation("half", lambda: None, registry.anywhere, takes=takes))
+    with caplog.at_level(logging.INFO, logger="kernels.registry"), registry.force(scratch_op, "half"):
+        assert registry.choose(scratch_op, CPU, torch.bfloat16, (64,)).name == "half"
+        assert registry.choose(scratch_op, CPU, torch.float32, (64,)).name == "narrow"
+    assert "narrow (half was asked for and does not take this)" in caplog.text
+
+
+@pytest.mark.parametrize("op", ["gated_delta", "kda"])
+@pytest.mark.parametrize("name", ["cuda", "hopper", "compiled", "emulated", "emulated_hopper", "model"])
+def test_compiled_delta_rules_take_only_what_they_are_compiled_for(op: str, name: str) -> None:
+    (known,) = (i for i in registry.implementations(op) if i.name == name)
+    device = "cuda" if name in ("cuda", "hopper") else "cpu"
+    other = "cpu" if device == "cuda" else "cuda"
+    wrong = {"compiled": torch.float64, "model": torch.float32}.get(name, torch.float32)
+    assert known.takes(device, torch.bfloat16, (64, 64))
+    assert not known.takes(other, torch.bfloat16, (64, 64))
+    assert not known.takes(device, wrong, (64, 64))
+    assert not known.takes(device, torch.bfloat16, (64, 65))
+
+
 def test_unknown_names_are_refused_with_the_known_ones(scratch_op: str) -> None:
     with pytest.raises(Refusal, match="choose one of narrow, wide"), registry.force(scratch_op, "cuda"):
         pass

@@ -5,6 +5,7 @@
 
 #include "kda/native/backward.h"
 #include "kda/native/block_triangle.h"
+#include "kda/native/block_triangle_gradient.h"
 #include "kda/native/forward.h"
 #include "kda/native/pairs.h"
 #include "kda/native/prepare.h"

@@ -82,8 +82,6 @@ struct KdaBackward {
       });
       x.wait_loads();
       x.sync();
-      x.row_dots(s.through, s.state, cotangent);
-
       // Writes to the leaving state; `passing` gathers the cotangents of g.
       Channels from_start, dk, passing;
       {
@@ -113,6 +111,7 @@ struct KdaBackward {
             dk, z, passing);
         x.sums_before(passing, s.gates);
       }
+      x.row_dots(s.through, s.state, cotangent);
       x.sync();
       x.lay_by(s.gates, passing);
 
@@ -153,10 +152,9 @@ struct KdaBackward {
       each_channel(
           x,
           [&](int, int, Real decay, Real &a, Real &sum, Real &q) {
-            decay *= scale;
-            a *= decay;
+            a = a * scale * decay;  // scale * decay would be made early, and kept
             sum += a * q;
-            q *= decay;
+            q = q * scale * decay;
           },
           from_start, reads, passing, z);
       x.keep(shares(x.anew(chunk)).dq, reads);

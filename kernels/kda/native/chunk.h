@@ -1,7 +1,6 @@
 // What the programs of Kimi Delta Attention share: what a channel's decay does to tokens and sums.
 #pragma once
 
-#include "kda/native/levels.h"
 #include "native/delta_chunk.h"
 
 namespace stoker {

@@ -43,8 +43,9 @@ int kda_backward(const DeltaParams &p, int begin, int end) {
   const int64_t stride = int64_t(p.num_qk_heads) * K, gate_stride = int64_t(p.num_v_heads) * K;
   for (int segment = 0; segment < p.num_segments; ++segment) {
     const int chunks = chunks_of(p, segment);
-    std::vector<Element> dq(chunks * kChunk * K), dk(chunks * kChunk * K);
-    std::vector<Real> dg(chunks * kChunk * K), dbeta(chunks * kChunk);
+    const size_t tokens = size_t(chunks) * kChunk;
+    std::vector<Element> dq(tokens * K), dk(tokens * K);
+    std::vector<Real> dg(tokens * K), dbeta(tokens);
     for (int head = begin * group; head < end * group; ++head) {
       // Shares of this head in this segment, by chunk.
       auto of = [&](int chunk) {

@@ -1,6 +1,7 @@
 // The operations of the executors, each as a tile program of its own, over plain row-major arrays: run by the emulated
 // thread block, and by the host in float, double and with bfloat16 tiles.
 #include "kda/native/chunk.h"
+#include "kda/native/levels.h"
 #include "native/abi.h"
 #include "native/block_exec.h"
 #include "native/host_entry.h"
