@@ -11,16 +11,15 @@ whoever joins candidates unseen chains unrelated texts through their boilerplate
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dataio.dedup.arrays import key_range, save
 from dataio.dedup.sketch import EMPTY, NUM_BANDS, NUM_BINS, band_keys, signatures
 from dataio.documents import ParquetFile, read_groups
 from dataio.stages import Counts
@@ -31,7 +30,7 @@ AGREEING_BINS = 180
 #: is found through other bands, if at all.
 MAX_LEADERS = 16
 #: Bytes a task of a band needs for each document in its range: key, number, id, order and their copies.
-BYTES_PER_KEY = 64
+BYTES_PER_DOCUMENT = 64
 
 #: Beside the documents. `cluster`: id of its first document in the order of ids, null for a document alone.
 ATTRIBUTES = pa.schema(
@@ -62,16 +61,10 @@ def sketch(documents: Path, folder: Path) -> Counts:
     return {"documents": sum(map(len, ids)), "bytes_in": size}
 
 
-def parts_within(num_documents: int, budget_bytes: int) -> int:
-    """Ranges that a band's keys are cut into, so that one fits in the budget."""
-    return max(1, -(-num_documents * BYTES_PER_KEY // budget_bytes))
-
-
 def band(folders: Sequence[Path], number: int, part: int, parts: int, out: Path) -> Counts:
     """Write the verified pairs (uint64 [m, 2], numbers of documents over all folders in their order) that share a key
     of the band `number`, of the keys in the range `part` of `parts`."""
-    width = -(-(2**64) // parts)
-    low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 2**64) - 1)
+    low, high = key_range(part, parts)
     found_keys, found_numbers, first = [], [], 0
     for folder in folders:
         keys = np.load(folder / KEYS, mmap_mode="r")[number]
@@ -231,14 +224,3 @@ def _keepers(root: NDArray[np.int64], rank: NDArray[np.int64], times: NDArray[np
     leads[1:] = root[order][1:] != root[order][:-1]
     kept[order[leads]] = True
     return kept
-
-
-def save(path: Path, array: NDArray[Any]) -> None:
-    """An array file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

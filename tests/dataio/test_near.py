@@ -150,9 +150,3 @@ def test_a_cluster_is_named_counted_and_keeps_one(tmp_path: Path, sources: list[
     first = min(document.id for document in dated)
     assert [found[d.id] for d in dated] == [(first, 4, False), (first, 4, False), (first, 4, True), (first, 4, False)]
     assert [found[d.id] for d in alone] == [(None, 1, True)] * 3
-
-
-def test_keys_of_a_part_fit_the_budget() -> None:
-    assert near.parts_within(10**6, 64 * 10**6) == 1
-    assert near.parts_within(10**6 + 1, 64 * 10**6) == 2
-    assert near.parts_within(0, 1) == 1

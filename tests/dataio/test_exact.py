@@ -1,0 +1,88 @@
+"""Exact copies: those of the definition, whatever files they lie in, and one of each is kept."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataio import documents
+from dataio.dedup import exact
+from dataio.dedup.arrays import key_range, parts_within
+from dataio.documents import Document, read_groups, write_documents
+
+START = datetime(2020, 1, 1, tzinfo=UTC)
+#: (path, row) -> (copies, keep)
+Found = dict[tuple[str, int], tuple[int, bool]]
+
+
+def deduplicate(folder: Path, files: Sequence[Sequence[Document]], parts: int) -> Found:
+    paths = [folder / f"{i}.parquet" for i in range(len(files))]
+    digests = [folder / f"{i}.npy" for i in range(len(files))]
+    counts = []
+    for path, to, held in zip(paths, digests, files):
+        write_documents(path, held)
+        counts.append(exact.digest(path, to)["documents"])
+    gathered = [folder / f"part{i}.npy" for i in range(parts)]
+    for i, path in enumerate(gathered):
+        exact.gather(digests, i, parts, path)
+    found: Found = {}
+    for i, path in enumerate(paths):
+        beside = folder / f"{i}.exact.parquet"
+        exact.decide(path, sum(counts[:i]), gathered, beside)
+        for group in read_groups(path, ["path", "row"], {beside: exact.ATTRIBUTES.names}):
+            for row in group.to_pylist():
+                found[row["path"], row["row"]] = row["exact_copies"], row["exact_keep"]
+    return found
+
+
+def corpus() -> list[Document]:
+    generator = random.Random(1)
+    texts = ["", " ", "a b", "A  b", "\ta\nB ", "ab", "Straße", "STRASSE", *(f"text {i % 40}" for i in range(100))]
+    return [
+        Document(text, "s", f"p{i}", 0, i, timestamp=generator.choice([None, START, START - timedelta(days=50 * 365)]))
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 1), (3, 1), (1, 7), (4, 3)])
+def test_copies_are_counted_and_the_earliest_kept_in_whatever_files(
+    count: int, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "GROUP_DOCUMENTS", 13)
+    held = corpus()
+    copies = Counter(exact.normalised(document.text) for document in held)
+    random.Random(count * parts).shuffle(held)
+    found = deduplicate(tmp_path, [[], *(held[i::count] for i in range(count))], parts)
+    kept = [document for document in held if found[document.path, document.row][1]]
+    assert sorted(exact.normalised(document.text) for document in kept) == sorted(copies)
+    last = datetime.max.replace(tzinfo=UTC)
+    earliest = {text: min(d.timestamp or last for d in held if exact.normalised(d.text) == text) for text in copies}
+    assert all((d.timestamp or last) == earliest[exact.normalised(d.text)] for d in kept)
+    assert all(found[d.path, d.row][0] == copies[exact.normalised(d.text)] for d in held)
+
+
+def test_files_parts_and_order_change_nothing(tmp_path: Path) -> None:
+    held = corpus()
+    expected = deduplicate(tmp_path / "one", [held], 1)
+    random.Random(5).shuffle(held)
+    assert deduplicate(tmp_path / "two", [held[:30], held[30:]], 4) == expected
+
+
+@given(st.integers(1, 1000), st.integers(0, 2**64 - 1))
+def test_every_key_lies_in_one_range(parts: int, key: int) -> None:
+    ranges = [tuple(map(int, key_range(part, parts))) for part in range(parts)]
+    assert ranges[0][0] == 0 and ranges[-1][1] == 2**64 - 1
+    assert sum(low <= key <= high for low, high in ranges) == 1
+
+
+def test_a_range_fits_the_budget() -> None:
+    assert parts_within(10**6, 64, 64 * 10**6) == 1
+    assert parts_within(10**6 + 1, 64, 64 * 10**6) == 2
+    assert parts_within(0, 64, 1) == 1
