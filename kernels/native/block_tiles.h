@@ -20,6 +20,7 @@ struct BlockTiles {
   using Real = float;
   using Wide = float;
   static constexpr int kStages = 2;
+  static constexpr bool kFewRegisters = true;
 
   template <int R, int C>
   struct alignas(1024) Tile {

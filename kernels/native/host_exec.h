@@ -82,6 +82,7 @@ struct HostExec {
     const Real* of(const Real* from) { return from; }
   };
   static constexpr int kStages = 1;  // sets of tiles that loads run ahead by
+  static constexpr bool kFewRegisters = false;
 
   // Sums over an accumulator, in the parts that the executor's threads make without meeting: see whole().
   template <int N>

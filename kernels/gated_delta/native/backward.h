@@ -120,11 +120,11 @@ struct GatedDeltaBackward {
 
       x.template product<true, false>(y, s.solved, s.y);
       x.each(
-          [&](int r, int i, Real &a, Real &da) {
+          [&](int r, int i, Real &a, Real &da, Real decay) {
             a *= da;
-            da *= scale * d.between(x, r, i) * d.beta[i];
+            da *= scale * d.again(x, r, i, decay) * d.beta[i];
           },
-          n_q, dn_q);
+          n_q, dn_q, between);
       x.put(s.from_q, dn_q);
       x.finish(y);
       x.sync();
@@ -142,7 +142,8 @@ struct GatedDeltaBackward {
       x.column_sums(s.sums.dbeta, n_q);
       x.each([&](int, int i, Real &a) { a *= d.beta[i]; }, n_q);
       x.passing_sums(s.sums.dg, n_q, s.stages[(chunk + 1) % X::kStages].scratch);
-      x.each([&](int r, int i, Real &a) { a = i < r ? -a * d.between(x, r, i) * d.beta[i] : 0; }, dn_k);
+      x.each([&](int r, int i, Real &a, Real decay) { a = i < r ? -a * d.again(x, r, i, decay) * d.beta[i] : 0; }, dn_k,
+             between);
       x.put(s.from_k, dn_k);
       x.sync();
 

@@ -36,6 +36,13 @@ struct Decays {
     const typename X::Wide exponent = sums[r] - sums[i];
     return i <= r ? x.exp(exponent < 0 ? exponent : 0) : 0;
   }
+  // The same of which `kept` was made: a GPU makes it again, since it has no registers to keep it in.
+  STOKER_TILE typename X::Real again(X &x, int r, int i, typename X::Real kept) const {
+    if constexpr (X::kFewRegisters)
+      return between(x, r, i);
+    else
+      return kept;
+  }
   STOKER_TILE void matrix(X &x, typename X::template Acc<kChunk, kChunk> &all) const {
     x.each([&](int r, int i, typename X::Real &a) { a = between(x, r, i); }, all);
   }
