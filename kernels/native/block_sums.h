@@ -1,4 +1,4 @@
-// Sums over the accumulators and planes of a block, every one in a fixed order.
+// Sums over the accumulators of a block, every one in a fixed order.
 #pragma once
 
 #include "native/block_tiles.h"

@@ -84,7 +84,7 @@ struct HostExec {
   static constexpr int kStages = 1;  // sets of tiles that loads run ahead by
   static constexpr bool kFewRegisters = false;
 
-  // Sums over an accumulator, in the parts that the executor's threads make without meeting: see whole().
+  // Sums over an accumulator, in the parts that the executor's threads make without meeting; the program adds them up.
   template <int N>
   struct RowSums {
     static constexpr int parts = 1;
