@@ -15,8 +15,8 @@ import typer
 
 from launch.commands_checkpoint import checkpoint
 from launch.commands_data import data
+from pretrain.guard import require_own_rooms
 from stoker.errors import Refusal
-from stoker.guard import require_own_rooms
 
 REFUSED = 2
 

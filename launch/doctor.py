@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
-from stoker import guard
+from pretrain import guard
 from stoker.errors import Refusal
 
 if TYPE_CHECKING:

@@ -25,11 +25,8 @@ from pretrain.config_base import (
     Identity,
     KeyClass,
     Operational,
-    Section,
     keys,
     leaves,
-    refusal,
-    suggestion,
 )
 from pretrain.config_model import ModelSection
 from pretrain.config_sections import (
@@ -41,12 +38,14 @@ from pretrain.config_sections import (
     RunSection,
     TrainSection,
 )
-from pretrain.config_yaml import apply_overrides, dump_yaml, parse_yaml
+from pretrain.config_yaml import apply_overrides
 from pretrain.spec import ModelSpec
 from pretrain.workload import refuse_ragged_experts, workload_of
 from stoker import canonical, formats
 from stoker.errors import Refusal
 from stoker.secrets import mask
+from stoker.sections import Section, refusal, suggestion
+from stoker.yaml_core import dump_yaml, parse_yaml
 
 FORMAT, VERSION = "config", 1
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}

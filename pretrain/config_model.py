@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pretrain import spec
-from pretrain.config_base import Section, suggestion
 from stoker.errors import Refusal
+from stoker.sections import Section, suggestion
 
 MIXERS = ("gated_delta", "kda", "attention")
 FEED_FORWARDS = ("dense", "moe")

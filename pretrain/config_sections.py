@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pretrain.config_base import Identity, Operational, Section, Trajectory
+from pretrain.config_base import Identity, Operational, Trajectory
 from stoker.errors import Refusal
+from stoker.sections import Section
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -17,9 +17,9 @@ from typing import Any
 from pretrain.attempt import ExitClass, record_exit
 from pretrain.config import RunConfig, load
 from pretrain.data import validate_data
+from pretrain.guard import require_own_rooms
 from pretrain.rundir import Attempt, Start, attempt_path, begin, data_changed, inspect
 from stoker.errors import Refusal
-from stoker.guard import require_own_rooms
 
 #: How long a collective may wait, for a rank that hangs. Over gloo a rank that is gone is noticed at once.
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)

@@ -22,11 +22,11 @@ from parallel.planning.plan import ParallelPlan
 from pretrain.attempt import ExitClass, environment, lock_sha256, record_exit, write_json
 from pretrain.checkpoint import folders
 from pretrain.config import Change, RunConfig, allowed_changes, parse
-from pretrain.config_yaml import parse_yaml
 from stoker import canonical, formats
 from stoker.errors import Refusal
 from stoker.files import write_atomic
 from stoker.version import code_commit
+from stoker.yaml_core import parse_yaml
 
 FORMAT, VERSION = "run", 1
 STAMP, CONFIG, PLAN, LOCK = "format.json", "config.yaml", "plan.json", ".lock"

@@ -25,12 +25,12 @@ from pretrain.checkpoint.datafile import reading
 from pretrain.checkpoint.dtypes import storage_dtype
 from pretrain.checkpoint.manifest import COMMIT, MANIFEST, read_committed
 from pretrain.config import RunConfig, parse
-from pretrain.config_yaml import parse_yaml
 from pretrain.data import DATA_LOG
 from pretrain.events import StepEvent
 from pretrain.rundir import CHECKPOINTS, CONFIG, FORMAT, PLAN, STAMP, VERSION, attempt_path, attempts
 from stoker import formats
 from stoker.errors import Refusal
+from stoker.yaml_core import parse_yaml
 
 T = TypeVar("T")
 

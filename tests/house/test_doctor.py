@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from launch import doctor
-from stoker import guard
+from pretrain import guard
 from tests.house.sources import HOME
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from stoker import guard
+from pretrain import guard
 from tests.house.sources import HOME
 
 REPORT = """
-from stoker import guard
+from pretrain import guard
 print([(f.name, f.in_the_way) for f in guard.foreign_rooms()], guard.apex())
 guard.require_own_rooms()
 """
@@ -63,6 +63,7 @@ def test_two_distributions_in_one_folder_are_refused(tmp_path: Path) -> None:
         (tmp_path / room).mkdir()
         (tmp_path / room / "__init__.py").touch()
     shutil.copytree(HOME / "stoker", tmp_path / "stoker", dirs_exist_ok=True)
+    shutil.copy(HOME / "pretrain" / "guard.py", tmp_path / "pretrain")
     distribution(tmp_path, "stoker", *guard.ROOMS)
     distribution(tmp_path, "kernels", "kernels")
     found = report(tmp_path, tmp_path)

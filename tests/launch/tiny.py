@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import events
-from pretrain.config_yaml import dump_yaml
 from pretrain.events import StepEvent, deterministic
+from stoker.yaml_core import dump_yaml
 from tests.dataio.synthetic import random_store
 
 CONFIG: Mapping[str, Any] = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain import spec
 from pretrain.config import RunConfig, allowed_changes, diff, load, parse, presets
-from pretrain.config_base import KeyClass, keys, section_of
+from pretrain.config_base import KeyClass, keys
 from pretrain.config_model import (
     AttentionSection,
     DenseSection,
@@ -23,8 +23,10 @@ from pretrain.config_model import (
     MoESection,
 )
 from pretrain.config_sections import ScheduleSection
-from pretrain.config_yaml import apply_overrides, dump_yaml, parse_yaml
+from pretrain.config_yaml import apply_overrides
 from stoker.errors import Refusal
+from stoker.sections import section_of
+from stoker.yaml_core import dump_yaml, parse_yaml
 
 
 def small() -> dict[str, Any]:

@@ -15,9 +15,9 @@ import pytest
 from pretrain import rundir
 from pretrain.attempt import Exit, ExitClass, environment, lock_sha256, read_exit, record_exit
 from pretrain.config import RunConfig, load
-from pretrain.config_yaml import parse_yaml
 from pretrain.rundir import Attempt, begin, inspect
 from stoker.errors import Refusal
+from stoker.yaml_core import parse_yaml
 
 #: What the tests below count on, whatever the preset is tuned to.
 FIXED = ("run.steps=240", "train.lr=3e-3", "train.schedule.warmup_steps=20")
