@@ -4,8 +4,9 @@
     gather     of one range of hashes, over all files: who has copies, how many, and which is kept
     decide     of one document file: the attributes beside it
 
-Hashes are cut into ranges that fit a memory budget. The kept copy is the earliest, one without a timestamp last, and of
-several the one whose source, path and row have the smallest hash, so neither files nor their order decide.
+Hashes are cut into ranges that fit a memory budget. Compared are documents that are `alive`, which no earlier stage
+dropped. The kept copy is the earliest, one without a timestamp last, and of several the one whose source, path and row
+have the smallest hash, so neither files nor their order decide.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ def digest(documents: Path, out: Path) -> Counts:
     return {"documents": len(found), "characters_in": size}
 
 
-def gather(digests: Sequence[Path], part: int, parts: int, out: Path) -> Counts:
+def gather(digests: Sequence[Path], alive: Sequence[Path], part: int, parts: int, out: Path) -> Counts:
     """Write int64 [m, 3], in rising order of the documents' numbers over all files: number, copies, 1 if it is kept, of
     documents with copies whose hash is in the range `part` of `parts`."""
     low, high = key_range(part, parts)
     found, numbers, first = [np.empty((0, 4), np.uint64)], [np.empty(0, np.int64)], 0
-    for path in digests:
+    for path, living in zip(digests, alive):
         rows = np.load(path, mmap_mode="r")
-        inside = np.flatnonzero((rows[:, 0] >= low) & (rows[:, 0] <= high))
+        inside = np.flatnonzero((rows[:, 0] >= low) & (rows[:, 0] <= high) & np.load(living))
         found.append(np.asarray(rows[inside]))
         numbers.append(inside + first)
         first += len(rows)
@@ -85,10 +86,13 @@ def gather(digests: Sequence[Path], part: int, parts: int, out: Path) -> Counts:
     return {"documents": len(table), "dropped": int((several & ~starts).sum())}
 
 
-def decide(documents: Path, first: int, gathered: Sequence[Path], attributes: Path) -> Counts:
-    """Write the attributes of a document file whose first document has the number `first`."""
+def decide(
+    documents: Path, first: int, gathered: Sequence[Path], alive: Path, attributes: Path, alive_after: Path
+) -> Counts:
+    """Write the attributes of a document file whose first document has the number `first`, and who is still alive."""
     tables = [np.load(path, mmap_mode="r") for path in gathered]
-    dropped = count = 0
+    living = np.load(alive)
+    count = 0
     with ParquetFile(attributes, ATTRIBUTES) as file:
         for group in read_groups(documents, ["id"]):
             copies, keep = np.ones(group.num_rows, np.int32), np.ones(group.num_rows, np.bool_)
@@ -97,9 +101,10 @@ def decide(documents: Path, first: int, gathered: Sequence[Path], attributes: Pa
                 at = rows[:, 0] - first - count
                 copies[at], keep[at] = rows[:, 1], rows[:, 2] == 1
             file.write(pa.table([pa.array(copies), pa.array(keep)], schema=ATTRIBUTES))
-            dropped += int((~keep).sum())
+            living[count : count + group.num_rows] &= keep
             count += group.num_rows
-    return {"documents": count, "dropped": dropped}
+    save(alive_after, living)
+    return {"documents": count, "dropped": int(np.load(alive).sum() - living.sum())}
 
 
 def _between(table: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:

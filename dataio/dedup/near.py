@@ -1,11 +1,13 @@
 """Near-duplicates: which documents say almost the same, whatever the number of files, workers or machines.
 
-    sketch     of every document file: signatures, band keys, ids
+    sketch     of every document file: signatures, band keys, ids, times
     band       of one band and one range of its keys, over all files: pairs whose signatures agree, verified
-    cluster    of all pairs: documents joined by them, one of each to be kept, as attributes beside the documents
+    cluster    of all pairs: documents joined by them, and one of each to be kept
+    decide     of one document file: the attributes beside it
 
-Memory is bounded by a budget: the keys of a band are cut into ranges that fit, signatures are read where they lie, and
-the clusters hold only documents that have a pair. A pair is believed only if 0.7 of the whole signature agrees, since
+Memory is bounded by a budget: the keys of a band are cut into ranges that fit, signatures are read where they lie. Only
+the clusters are whole in memory, `BYTES_PER_MEMBER` for every document that has a pair. Compared are documents that are
+`alive`, which no earlier stage dropped. A pair is believed only if 0.7 of the whole signature agrees, since
 whoever joins candidates unseen chains unrelated texts through their boilerplate.
 """
 
@@ -31,6 +33,8 @@ AGREEING_BINS = 180
 MAX_LEADERS = 16
 #: Bytes a task of a band needs for each document in its range: key, number, id, order and their copies.
 BYTES_PER_DOCUMENT = 64
+#: Bytes that clusters need for each document that has a pair, beside one file of pairs.
+BYTES_PER_MEMBER = 128
 
 #: Beside the documents. `cluster`: id of its first document in the order of ids, null for a document alone.
 ATTRIBUTES = pa.schema(
@@ -41,34 +45,38 @@ ATTRIBUTES = pa.schema(
     ]
 )
 
-SIGNATURES, KEYS, IDS = "signatures.npy", "keys.npy", "ids.npy"
+SIGNATURES, KEYS, IDS, TIMES = "signatures.npy", "keys.npy", "ids.npy", "times.npy"
+_LAST = np.iinfo(np.int64).max
 
 
 def sketch(documents: Path, folder: Path) -> Counts:
-    """Write of a document file signatures (uint16 [n, 256], low halves), keys (uint64 [32, n]), ids (uint64 [n, 2])."""
-    lows, keys, ids, size = [], [], [], 0
-    for group in read_groups(documents, ["id", "text"]):
+    """Write of a document file signatures (uint16 [n, 256], low halves), keys (uint64 [32, n]), ids (uint64 [n, 2]) and
+    times (int64 [n], microseconds since 1970, the largest number where there is none)."""
+    lows, keys, ids, times, size = [], [], [], [], 0
+    for group in read_groups(documents, ["id", "text", "timestamp"]):
         texts = [text.as_py().encode() for text in group["text"]]
         size += sum(map(len, texts))
         signed = signatures(texts)
         lows.append(signed.astype(np.uint16))
         keys.append(band_keys(signed))
         ids.append(np.frombuffer(b"".join(group["id"].to_pylist()), ">u8").reshape(-1, 2).astype(np.uint64))
+        times.append(group["timestamp"].cast(pa.int64()).fill_null(_LAST).to_numpy())
     folder.mkdir(parents=True, exist_ok=True)
     save(folder / SIGNATURES, np.concatenate([np.empty((0, NUM_BINS), np.uint16), *lows]))
     save(folder / KEYS, np.concatenate([np.empty((NUM_BANDS, 0), np.uint64), *keys], axis=1))
     save(folder / IDS, np.concatenate([np.empty((0, 2), np.uint64), *ids]))
+    save(folder / TIMES, np.concatenate([np.empty(0, np.int64), *times]))
     return {"documents": sum(map(len, ids)), "bytes_in": size}
 
 
-def band(folders: Sequence[Path], number: int, part: int, parts: int, out: Path) -> Counts:
+def band(folders: Sequence[Path], alive: Sequence[Path], number: int, part: int, parts: int, out: Path) -> Counts:
     """Write the verified pairs (uint64 [m, 2], numbers of documents over all folders in their order) that share a key
     of the band `number`, of the keys in the range `part` of `parts`."""
     low, high = key_range(part, parts)
     found_keys, found_numbers, first = [], [], 0
-    for folder in folders:
+    for folder, living in zip(folders, alive):
         keys = np.load(folder / KEYS, mmap_mode="r")[number]
-        inside = np.flatnonzero((keys >= low) & (keys <= high))
+        inside = np.flatnonzero((keys >= low) & (keys <= high) & np.load(living))
         found_keys.append(np.asarray(keys[inside]))
         found_numbers.append(inside + first)
         first += len(keys)
@@ -160,61 +168,41 @@ def _join(parents: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
         parents[i] = parents[parents[i]]
 
 
-def cluster(
-    edges: Sequence[Path], folders: Sequence[Path], documents: Sequence[Path], attributes: Sequence[Path]
-) -> Counts:
-    """Write the attributes of all document files; `folders` and `documents` in the order that numbered them.
+def cluster(edges: Sequence[Path], folders: Sequence[Path], out: Path) -> Counts:
+    """Write uint64 [m, 5], in rising order of the documents' numbers: number, id of the cluster (two words), its size,
+    1 if the document is kept.
 
     Of a cluster the earliest document is kept, by its timestamp, one without coming last, and of several the one with
-    the smallest id: nothing that depends on files or their order.
+    the smallest id: nothing that depends on files or their order. `folders` in the order that numbered the documents.
     """
-    pairs = np.concatenate([np.empty((0, 2), np.int64), *(np.load(path).astype(np.int64) for path in edges)])
-    members, local = np.unique(pairs, return_inverse=True)
-    ids = _gather(folders, members)[1] if len(members) else np.empty((0, 2), np.uint64)
-    rank = np.empty(len(members), np.int64)
+    members = np.empty(0, np.int64)
+    for path in edges:
+        members = np.union1d(members, np.load(path).astype(np.int64))
+    ids, times = _described(folders, members)
     by_id = np.lexsort((members, ids[:, 1], ids[:, 0]))
+    rank = np.empty(len(members), np.int64)
     rank[by_id] = np.arange(len(members))
     parents = np.arange(len(members))
-    _join(parents, rank[local.reshape(-1, 2)])
+    for path in edges:
+        _join(parents, rank[np.searchsorted(members, np.load(path).astype(np.int64))])
     root = parents[rank]  # of every member, as a rank: that of the smallest id
     sizes = np.bincount(root, minlength=len(members))
-    kept = _keepers(root, rank, _timestamps(documents, members))
-    names = ids[by_id].astype(">u8").tobytes()
-
-    clusters = int((sizes > 0).sum())
-    first = 0
-    for path, to in zip(documents, attributes):
-        with ParquetFile(to, ATTRIBUTES) as file:
-            for group in read_groups(path, ["id"]):
-                numbers = np.arange(first, first + group.num_rows)
-                place = np.searchsorted(members, numbers)
-                inside = np.zeros(len(numbers), np.bool_)
-                inside[place < len(members)] = members[place[place < len(members)]] == numbers[place < len(members)]
-                at = place[inside]
-                size, keep = np.ones(len(numbers), np.int32), np.ones(len(numbers), np.bool_)
-                size[inside], keep[inside] = sizes[root[at]], kept[at]
-                cluster_ids: list[bytes | None] = [None] * len(numbers)
-                for row, r in zip(np.flatnonzero(inside).tolist(), root[at].tolist()):
-                    cluster_ids[row] = names[16 * r : 16 * r + 16]
-                columns = [pa.array(cluster_ids, pa.binary(16)), pa.array(size), pa.array(keep)]
-                file.write(pa.table(columns, schema=ATTRIBUTES))
-                first += group.num_rows
-    return {"documents": first, "clusters": clusters, "dropped": int((~kept).sum())}
+    kept = _keepers(root, rank, times)
+    columns = (members, ids[by_id[root]], sizes[root], kept)
+    save(out, np.column_stack([column.astype(np.uint64) for column in columns]))  # signed with unsigned gives floats
+    return {"documents": len(members), "clusters": int((sizes > 0).sum()), "dropped": int((~kept).sum())}
 
 
-def _timestamps(documents: Sequence[Path], members: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Microseconds since 1970 of the documents with these numbers, rising; the largest number where there is none."""
-    last = np.iinfo(np.int64).max
-    found = np.full(len(members), last)
-    first = 0
-    for path in documents:
-        for group in read_groups(path, ["timestamp"]):
-            start, stop = np.searchsorted(members, [first, first + group.num_rows])
-            if start < stop:
-                times = group["timestamp"].cast(pa.int64()).fill_null(last).to_numpy()
-                found[start:stop] = times[members[start:stop] - first]
-            first += group.num_rows
-    return found
+def _described(folders: Sequence[Path], members: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Ids and times of the documents with these numbers, rising."""
+    ids, times, first = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)], 0
+    for folder in folders:
+        all_ids = np.load(folder / IDS, mmap_mode="r")
+        start, stop = np.searchsorted(members, [first, first + len(all_ids)])
+        ids.append(all_ids[members[start:stop] - first])
+        times.append(np.load(folder / TIMES, mmap_mode="r")[members[start:stop] - first])
+        first += len(all_ids)
+    return np.concatenate(ids), np.concatenate(times)
 
 
 def _keepers(root: NDArray[np.int64], rank: NDArray[np.int64], times: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -224,3 +212,27 @@ def _keepers(root: NDArray[np.int64], rank: NDArray[np.int64], times: NDArray[np
     leads[1:] = root[order][1:] != root[order][:-1]
     kept[order[leads]] = True
     return kept
+
+
+def decide(documents: Path, first: int, clusters: Path, alive: Path, attributes: Path, alive_after: Path) -> Counts:
+    """Write the attributes of a document file whose first document has the number `first`, and who is still alive."""
+    table = np.load(clusters, mmap_mode="r")
+    living = np.load(alive)
+    count = 0
+    with ParquetFile(attributes, ATTRIBUTES) as file:
+        for group in read_groups(documents, ["id"]):
+            here = np.array([first + count, first + count + group.num_rows], np.uint64)
+            begin, end = np.searchsorted(table[:, 0], here)
+            rows = np.asarray(table[begin:end])
+            at = rows[:, 0].astype(np.int64) - first - count
+            size, keep = np.ones(group.num_rows, np.int32), np.ones(group.num_rows, np.bool_)
+            size[at], keep[at] = rows[:, 3], rows[:, 4] == 1
+            names: list[bytes | None] = [None] * group.num_rows
+            for row, name in zip(at.tolist(), rows[:, 1:3].astype(">u8")):
+                names[row] = name.tobytes()
+            columns = [pa.array(names, pa.binary(16)), pa.array(size), pa.array(keep)]
+            file.write(pa.table(columns, schema=ATTRIBUTES))
+            living[count : count + group.num_rows] &= keep
+            count += group.num_rows
+    save(alive_after, living)
+    return {"documents": count, "dropped": int(np.load(alive).sum() - living.sum())}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio import documents
 from dataio.dedup import exact
-from dataio.dedup.arrays import key_range, parts_within
+from dataio.dedup.arrays import key_range, parts_within, save
 from dataio.documents import Document, read_groups, write_documents
 
 START = datetime(2020, 1, 1, tzinfo=UTC)
@@ -22,23 +23,30 @@ START = datetime(2020, 1, 1, tzinfo=UTC)
 Found = dict[tuple[str, int], tuple[int, bool]]
 
 
-def deduplicate(folder: Path, files: Sequence[Sequence[Document]], parts: int) -> Found:
+def deduplicate(
+    folder: Path, files: Sequence[Sequence[Document]], parts: int, dead: Collection[tuple[str, int]] = ()
+) -> Found:
     paths = [folder / f"{i}.parquet" for i in range(len(files))]
     digests = [folder / f"{i}.npy" for i in range(len(files))]
+    alive, after = ([folder / f"{i}.{name}.npy" for i in range(len(files))] for name in ("alive", "after"))
     counts = []
-    for path, to, held in zip(paths, digests, files):
+    for path, to, living, held in zip(paths, digests, alive, files):
         write_documents(path, held)
+        save(living, np.array([(d.path, d.row) not in dead for d in held], np.bool_))
         counts.append(exact.digest(path, to)["documents"])
     gathered = [folder / f"part{i}.npy" for i in range(parts)]
     for i, path in enumerate(gathered):
-        exact.gather(digests, i, parts, path)
+        exact.gather(digests, alive, i, parts, path)
     found: Found = {}
     for i, path in enumerate(paths):
         beside = folder / f"{i}.exact.parquet"
-        exact.decide(path, sum(counts[:i]), gathered, beside)
+        counted = exact.decide(path, sum(counts[:i]), gathered, alive[i], beside, after[i])
+        assert counted == {"documents": counts[i], "dropped": np.load(alive[i]).sum() - np.load(after[i]).sum()}
         for group in read_groups(path, ["path", "row"], {beside: exact.ATTRIBUTES.names}):
             for row in group.to_pylist():
                 found[row["path"], row["row"]] = row["exact_copies"], row["exact_keep"]
+        living = [found[d.path, d.row][1] and (d.path, d.row) not in dead for d in files[i]]
+        assert np.load(after[i]).tolist() == living
     return found
 
 
@@ -73,6 +81,13 @@ def test_files_parts_and_order_change_nothing(tmp_path: Path) -> None:
     expected = deduplicate(tmp_path / "one", [held], 1)
     random.Random(5).shuffle(held)
     assert deduplicate(tmp_path / "two", [held[:30], held[30:]], 4) == expected
+
+
+def test_documents_that_were_dropped_before_are_no_copies(tmp_path: Path) -> None:
+    held = corpus()
+    dead = {(d.path, d.row) for d in held[::3]}
+    expected = deduplicate(tmp_path / "without", [[d for d in held if (d.path, d.row) not in dead]], 1)
+    assert deduplicate(tmp_path / "with", [held], 2, dead) == expected | dict.fromkeys(dead, (1, True))
 
 
 @given(st.integers(1, 1000), st.integers(0, 2**64 - 1))

@@ -6,7 +6,7 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 
 from dataio import documents
 from dataio.dedup import near
+from dataio.dedup.arrays import save
 from dataio.dedup.sketch import NUM_BANDS
 from dataio.documents import Document, read_groups, write_documents
 from tests.dataio.test_sketch import jaccard, words
@@ -24,18 +25,26 @@ Found = dict[bytes, tuple[bytes | None, int, bool]]
 _WORD = re.compile(r"(\w+)")
 
 
-def deduplicate(folder: Path, files: Sequence[Sequence[Document]], parts: int = 1) -> Found:
-    """All three steps over document files."""
+def deduplicate(
+    folder: Path, files: Sequence[Sequence[Document]], parts: int = 1, dead: Collection[bytes] = ()
+) -> Found:
+    """All steps over document files."""
     paths = [folder / f"{i}.parquet" for i in range(len(files))]
     sketches = [folder / f"sketch{i}" for i in range(len(files))]
-    for path, to, held in zip(paths, sketches, files):
+    alive, after = ([folder / f"{i}.{name}.npy" for i in range(len(files))] for name in ("alive", "after"))
+    for path, to, living, held in zip(paths, sketches, alive, files):
         write_documents(path, held)
+        save(living, np.array([document.id not in dead for document in held], np.bool_))
         near.sketch(path, to)
     edges = [folder / f"edges{band}_{part}.npy" for band in range(NUM_BANDS) for part in range(parts)]
     for i, path in enumerate(edges):
-        near.band(sketches, i // parts, i % parts, parts, path)
+        near.band(sketches, alive, i // parts, i % parts, parts, path)
     attributes = [folder / f"{i}.near.parquet" for i in range(len(files))]
-    near.cluster(edges, sketches, paths, attributes)
+    clusters, first = folder / "clusters.npy", 0
+    near.cluster(edges, sketches, clusters)
+    for i, path in enumerate(paths):
+        near.decide(path, first, clusters, alive[i], attributes[i], after[i])
+        first += len(files[i])
     rows = (
         row
         for path, beside in zip(paths, attributes)
@@ -150,3 +159,11 @@ def test_a_cluster_is_named_counted_and_keeps_one(tmp_path: Path, sources: list[
     first = min(document.id for document in dated)
     assert [found[d.id] for d in dated] == [(first, 4, False), (first, 4, False), (first, 4, True), (first, 4, False)]
     assert [found[d.id] for d in alone] == [(None, 1, True)] * 3
+
+
+def test_documents_that_were_dropped_before_join_nothing(tmp_path: Path, sources: list[str]) -> None:
+    text = sources[0]
+    middle = documents_of([text, text + " a few words more", "something else"])
+    assert {size for _, size, _ in deduplicate(tmp_path / "all", [middle]).values()} == {1, 2}
+    dead = {middle[1].id}
+    assert set(deduplicate(tmp_path / "some", [middle], 2, dead).values()) == {(None, 1, True)}
