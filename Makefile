@@ -57,5 +57,5 @@ $(READY): pyproject.toml
 	@command -v nvidia-smi >/dev/null || $(RUN) -m pip show --quiet torch 2>/dev/null \
 	  || $(RUN) -m pip install --quiet 'torch==2.13.0+cpu' 2>/dev/null \
 	  || echo "No CPU wheel of torch in this package index: the plain one follows, which is gigabytes larger." >&2
-	$(RUN) -m pip install --quiet --editable '.[test,native]'
+	$(RUN) -m pip install --quiet --editable '.[test,native,data,html]'
 	@touch $@

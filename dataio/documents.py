@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
     [
         pa.field("id", pa.binary(16), nullable=False),  # xxh3-128 of the text in UTF-8, big-endian
         pa.field("text", pa.string(), nullable=False),
+        pa.field("bytes", pa.int32(), nullable=False),  # of the text in UTF-8
         pa.field("source", pa.string(), nullable=False),  # name in the recipe
         pa.field("path", pa.string(), nullable=False),  # path within the source, or URL
         pa.field("repository", pa.string()),
@@ -66,9 +67,12 @@ class Document:
     timestamp: Any = None  # datetime with a time zone
     metadata: str | None = None
     id: bytes = field(init=False)
+    bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "id", document_id(self.text.encode()))
+        raw = self.text.encode()
+        object.__setattr__(self, "id", document_id(raw))
+        object.__setattr__(self, "bytes", len(raw))
 
 
 def document_id(text: bytes) -> bytes:

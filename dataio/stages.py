@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import xxhash
@@ -30,6 +30,7 @@ from stoker import canonical, formats
 from stoker.errors import Refusal
 from stoker.files import append_line, write_atomic
 from stoker.progress import progress
+from stoker.version import VERSION
 
 FORMAT = "stoker.prepare.task"
 
@@ -71,6 +72,8 @@ class Manifest:
     outputs: Mapping[str, str]
     sizes: Mapping[str, int]
     counts: Counts
+    version: int  # of the stage
+    stoker: str  # the release that did it
 
 
 class Executor(Protocol):
@@ -112,6 +115,10 @@ class Workspace:
         keys = {task.name: _key(stage, task) for task in stage.tasks}
         done = {task.name: self._finished(stage, task, keys[task.name]) for task in stage.tasks}
         todo = [task for task in stage.tasks if done[task.name] is None]
+        written = [self._manifest_path(stage.name, task.name) for task in todo]
+        written += [self.folder / name for task in todo for name in task.outputs]
+        for folder in {path.parent for path in written}:
+            _remove_torn(folder)
         with progress(stage.name, len(todo)) as advance:
             calls = [_Call(stage.name, task.name, task.run) for task in todo]
             for index, counts, seconds in executor.results(calls):
@@ -147,6 +154,8 @@ class Workspace:
             outputs={name: content_hash(path) for name, path in paths.items()},
             sizes={name: path.stat().st_size for name, path in paths.items()},
             counts=dict(sorted(counts.items())),
+            version=stage.version,
+            stoker=VERSION,
         )
         path = self._manifest_path(stage.name, task.name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +164,13 @@ class Workspace:
 
     def _manifest_path(self, stage: str, task: str) -> Path:
         return self.folder / "manifests" / stage / f"{task}.json"
+
+
+def _remove_torn(folder: Path) -> None:
+    """What killed writers left in a folder: hidden names, see ``write_atomic`` and ``ParquetFile``."""
+    for path in folder.glob(".*"):
+        if path.suffix in (".tmp", ".partial") and path.is_file():
+            path.unlink()
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
@@ -210,43 +226,56 @@ class _Call:
             ) from None
 
 
-@dataclass(frozen=True)
 class LocalPool:
     """Processes of this machine; one `workers` runs the calls here, one after another.
 
-    Workers are started afresh (no fork: threads of libraries do not survive one) and end when this process does, also
-    where it is killed.
+    A context manager within which they stay: a process takes seconds to import and compile what it needs. Otherwise
+    they end with the calls. They are started afresh (no fork: threads of libraries do not survive one) and end when
+    this process does, also where it is killed.
     """
 
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self._stays = False
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> LocalPool:
+        self._stays = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stays = False
+        self._close()
 
     def results(self, calls: Sequence[Callable[[], Counts]]) -> Iterator[tuple[int, Counts, float]]:
         if self.workers <= 1 or len(calls) <= 1:
             for index, call in enumerate(calls):
                 yield (index, *_timed(call))
             return
-        with self._pool(min(self.workers, len(calls))) as pool:
-            indices: dict[Future[tuple[Counts, float]], int] = {
-                pool.submit(_timed, call): index for index, call in enumerate(calls)
-            }
-            try:
-                for future in as_completed(indices):
-                    yield (indices[future], *future.result())
-            except BrokenProcessPool:
-                raise Refusal(
-                    "a worker process died: killed from outside, or for want of memory; what is finished is kept: "
-                    "give it fewer workers or more memory and run the same command again"
-                ) from None
-
-    @contextmanager
-    def _pool(self, workers: int) -> Iterator[ProcessPoolExecutor]:
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
-        )
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with, initargs=(os.getpid(),))
+        ended = False
         try:
-            yield pool
+            indices: dict[Future[tuple[Counts, float]], int] = {
+                self._pool.submit(_timed, call): index for index, call in enumerate(calls)
+            }
+            for future in as_completed(indices):
+                yield (indices[future], *future.result())
+            ended = True
+        except BrokenProcessPool:
+            raise Refusal(
+                "a worker process died: killed from outside, or for want of memory; what is finished is kept: "
+                "give it fewer workers or more memory and run the same command again"
+            ) from None
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            if not (ended and self._stays):
+                self._close()
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
 
 def _timed(call: Callable[[], Counts]) -> tuple[Counts, float]:

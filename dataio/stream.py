@@ -263,10 +263,8 @@ def read_windows(stores: Sequence[Store], plan: BatchPlan, part: Part) -> Batch:
         store, chosen = stores[number], np.flatnonzero(source == number)
         starts, lengths = start[chosen], length[chosen].astype(np.int64)
         read[chosen] = store.gather(starts, np.where(lengths > 0, lengths + 1, 0), T + 1)
-        documents = store.document_of(starts)
-        _annotate(
-            chosen, starts, lengths, documents, store.doc_offsets, store.doc_masked, loss_mask, positions, doc_index
-        )
+        documents, doc_offsets, doc_masked = store.documents_of(starts, lengths)
+        _annotate(chosen, starts, lengths, documents, doc_offsets, doc_masked, loss_mask, positions, doc_index)
     padded = doc_index < 0
     return Batch(
         tokens=np.where(padded, 0, read[:, :-1]),

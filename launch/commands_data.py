@@ -1,4 +1,4 @@
-"""``stoker data``: make the demo corpus, and look at token stores."""
+"""``stoker data``: prepare corpora, and look at what became of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.machine import cores
 from stoker.errors import Refusal
 
 if TYPE_CHECKING:
+    from dataio.estimate import Estimate
+    from dataio.funnel import Funnel
     from dataio.store import Store
     from dataio.tokenizer import Tokenizer
 
@@ -51,23 +54,110 @@ def view(
 
 
 @data.command()
-def stats(stores: Stores) -> None:
-    """Count what stores hold."""
+def prepare(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml, see docs/data.md.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done and what is missing.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default the recipe's, or the cores.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, or auto.")
+    ] = None,
+) -> None:
+    """From raw corpora to token stores, as a recipe says. Killed and started again, it goes on where it was."""
+    from dataio import estimate, funnel
+    from dataio.prepare import prepare
+    from dataio.recipe import load
+    from dataio.stages import LocalPool
+
+    recipe, base = load(path)
+    found, workers = estimate.estimate(recipe, base), workers or recipe.resources.workers or cores()
+    if dry_run:
+        _show_estimate(found, workers)
+        return
+    estimate.require(found)
+    folder = base / recipe.output
+    if ray is None:
+        with LocalPool(workers) as pool:
+            prepare(recipe, base, pool)
+    else:
+        from dataio.ray_executor import RayCluster
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with RayCluster(folder, None if ray == "auto" else ray) as cluster:
+            prepare(recipe, base, cluster)
+    _show_funnel(funnel.read(folder))
+    typer.echo(f"{folder / 'report.html'}; token stores in {folder / 'stores'}")
+
+
+@data.command()
+def stats(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders of a recipe's output, token stores.")],
+) -> None:
+    """What was kept of a prepared corpus and why the rest was not; what token stores hold."""
+    from dataio import funnel
+
+    for path in paths:
+        if (path / "manifests").is_dir():
+            _show_funnel(funnel.read(path))
+        else:
+            _show_store(path)
+
+
+def _show_store(path: Path) -> None:
     import numpy as np
 
     from dataio.store import Store
 
-    for store in map(Store.open, stores):
-        lengths = np.diff(store.doc_offsets)
-        middle, longest = int(np.median(lengths)), int(lengths.max())
-        typer.echo(
-            f"{store.path}: source {store.source}, dataset {store.dataset_id[:12]}\n"
-            f"  {store.num_documents:,} documents, {int(store.doc_masked.sum()):,} masked; tokens of one: "
-            f"median {middle:,}, most {longest:,}\n"
-            f"  {store.num_tokens:,} tokens, {store.num_bytes:,} bytes, {store.num_bytes / store.num_tokens:.2f} bytes "
-            f"per token\n"
-            f"  tokenizer {store.tokenizer.sha256[:12]}, vocabulary of {store.tokenizer.vocab_size:,}"
+    store = Store.open(path)
+    lengths = np.diff(store.doc_offsets)
+    middle, longest = int(np.median(lengths)), int(lengths.max())
+    typer.echo(
+        f"{store.path}: source {store.source}, dataset {store.dataset_id[:12]}\n"
+        f"  {store.num_documents:,} documents, {int(store.doc_masked.sum()):,} masked; tokens of one: "
+        f"median {middle:,}, most {longest:,}\n"
+        f"  {store.num_tokens:,} tokens, {store.num_bytes:,} bytes, {store.num_bytes / store.num_tokens:.2f} bytes "
+        f"per token\n"
+        f"  tokenizer {store.tokenizer.sha256[:12]}, vocabulary of {store.tokenizer.vocab_size:,}"
+    )
+
+
+def _show_funnel(found: Funnel) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dataio import funnel
+
+    for source in found.sources if len(found.sources) == 1 else (*found.sources, None):
+        table = Table("", "documents", "MB", "of the bytes", title=source or "all sources", title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in funnel.rows(found, source):
+            table.add_row(*row)
+        for why, records in sorted(found.unread.get(source or "", {}).items()):
+            table.add_row(f"not read: {why}", f"{records:,}", "", "", style="dim")
+        Console().print(table)
+
+
+def _show_estimate(found: Estimate, workers: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    sources = Table("source", "format", "files", "MB", "tasks of ingest")
+    for source in found.sources:
+        sources.add_row(
+            source.name, source.format, f"{source.files:,}", f"{source.bytes / 1e6:,.1f}", f"{source.units:,}"
         )
+    stages = Table("stage", "tasks", "done before", "core seconds, about")
+    for stage in found.stages:
+        stages.add_row(stage.name, f"{stage.tasks:,}", f"{stage.done:,}", f"{stage.core_seconds:,.0f}")
+    console = Console()
+    console.print(sources, stages)
+    typer.echo(f"about {found.seconds(workers) / 60:.1f} minutes with {workers} processes, if nothing is done yet")
+    for sentence in found.missing:
+        typer.echo(f"missing: {sentence}")
 
 
 @data.command()

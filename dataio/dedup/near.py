@@ -45,7 +45,7 @@ ATTRIBUTES = pa.schema(
     ]
 )
 
-SIGNATURES, KEYS, IDS, TIMES = "signatures.npy", "keys.npy", "ids.npy", "times.npy"
+FILES = SIGNATURES, KEYS, IDS, TIMES = ("signatures.npy", "keys.npy", "ids.npy", "times.npy")
 _LAST = np.iinfo(np.int64).max
 
 
@@ -112,7 +112,7 @@ def _gather(folders: Sequence[Path], numbers: NDArray[np.int64]) -> tuple[NDArra
     return signed, ids
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _agree(a: NDArray[np.uint16], b: NDArray[np.uint16]) -> bool:
     agreeing = 0
     for place in range(NUM_BINS):
@@ -120,7 +120,7 @@ def _agree(a: NDArray[np.uint16], b: NDArray[np.uint16]) -> bool:
     return agreeing >= AGREEING_BINS
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _find_pairs(keys: NDArray[np.uint64], signed: NDArray[np.uint16], pairs: NDArray[np.int64]) -> int:
     """In every run of equal keys a document is paired with the first leader that it agrees with, or becomes one."""
     leaders = np.empty(MAX_LEADERS, np.int64)
@@ -149,7 +149,7 @@ def _agreeing(keys: NDArray[np.uint64], signed: NDArray[np.uint16]) -> NDArray[n
     return rows[pairs[:count]]
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _join(parents: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
     """Union by the smaller number; every entry ends as its cluster's smallest."""
     for k in range(len(pairs)):

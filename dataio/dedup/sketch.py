@@ -51,7 +51,7 @@ def _mix(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _least_by_bin(
     text: NDArray[np.uint8],
     offsets: NDArray[np.int64],
@@ -111,7 +111,7 @@ def _put(bins: NDArray[np.uint32], shingle: np.uint64) -> None:
         bins[place] = value
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _fill_empty_bins(least: NDArray[np.uint32]) -> None:
     empty = np.uint32(EMPTY)
     for document in range(len(least)):
@@ -147,7 +147,7 @@ def signatures(texts: Sequence[bytes]) -> NDArray[np.uint32]:
     return least
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _band_keys(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None:
     for document in range(len(signatures)):
         for band in range(NUM_BANDS):

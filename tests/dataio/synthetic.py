@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dataio.log import DataLog, Segment
+from dataio.shards import Profile
 from dataio.store import Store, StoreWriter
 from dataio.stream import BlendedStream
 from dataio.types import TokenizerId
@@ -23,12 +24,13 @@ def store(
     tokenizer: TokenizerId = TOKENIZER,
     chunk_tokens: int = 64,
     shard_chunks: int = 4,
+    profile: Profile = "hot",
 ) -> Store:
     """A store of these documents; end-of-text is added to each."""
     whole = [[*document, tokenizer.eos_id] for document in documents]
     lengths = np.array([len(document) for document in whole])
     ids = np.stack([np.full(len(whole), 7), np.arange(len(whole))], axis=1).astype(np.uint64)
-    with StoreWriter(path, source, tokenizer, chunk_tokens, shard_chunks) as writer:
+    with StoreWriter(path, source, tokenizer, chunk_tokens, shard_chunks, profile) as writer:
         mask = None if masked is None else np.array(masked)
         writer.append(np.concatenate(whole), lengths, lengths * 3, ids, mask)
         return writer.commit()

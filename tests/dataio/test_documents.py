@@ -36,7 +36,8 @@ def test_what_is_written_is_read(
     path = tmp_path_factory.mktemp("documents") / "0.parquet"
     assert write_documents(path, wanted) == len(wanted)
     read = [row for group in read_groups(path) for row in group.to_pylist()]
-    assert [Document(**{k: v for k, v in row.items() if k != "id"}) for row in read] == wanted
+    assert [Document(**{k: v for k, v in row.items() if k not in ("id", "bytes")}) for row in read] == wanted
+    assert [row["bytes"] for row in read] == [len(d.text.encode()) for d in wanted]
     assert [row["id"] for row in read] == [xxhash.xxh3_128(d.text.encode()).digest() for d in wanted]
 
 

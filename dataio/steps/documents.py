@@ -1,0 +1,109 @@
+"""From raw files to documents with the reason, if any, for which each is dropped."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel
+
+from dataio import funnel, selection
+from dataio.dedup import decontaminate, substring
+from dataio.filters import code, language, licence, prose, redact
+from dataio.ingest import source as sources
+from dataio.ingest.options import Source
+from dataio.pipeline import Job, Unit
+from dataio.recipe import options_of
+from dataio.selection import Verdict
+from dataio.stages import Counts, total
+from dataio.steps.work import Work
+from stoker import canonical
+from stoker.errors import Refusal
+
+#: Filters, in the order in which their reasons count.
+FILTERS: dict[str, Any] = {
+    "licence": licence,
+    "code": code,
+    "language": language,
+    "prose": prose,
+    "redact": redact,
+}
+
+
+def ingest(work: Work) -> None:
+    """documents/, quarantine/ and inputs/. Refuses a source of which too much is malformed."""
+    jobs = []
+    for source in work.recipe.sources:
+        described, names = canonical.sha256(options_of(source)), work.input_files.setdefault(source.name, [])
+        for raw in sources.units(source, work.base):
+            unit = Unit(source.name, raw.number)
+            writes = [unit.documents, f"quarantine/{unit.name}.jsonl", f"inputs/{unit.name}.json"]
+            run = partial(sources.ingest, source, raw, *work.all_at(writes))
+            jobs.append(Job(unit.name, run, (), writes, {"source": described, **raw.inputs()}))
+            work.units.append(unit)
+            names += [file.url for file in raw.files]
+    manifests = work.line.stage("ingest", sources.VERSION, {}, jobs)
+    for source in work.recipe.sources:
+        _refuse_malformed(work, source, total(m for m in manifests if m.task.startswith(f"{source.name}/")))
+    for manifest in manifests:
+        work.firsts.append(work.num_documents)
+        work.num_documents += manifest.counts["documents"]
+
+
+def _refuse_malformed(work: Work, source: Source, counts: Counts) -> None:
+    why = {key.partition(".")[2]: count for key, count in counts.items() if key.startswith("malformed.")}
+    bad, records = sum(why.values()), counts["documents"] + sum(why.values())
+    if bad > source.max_malformed * records:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(why.items(), key=lambda item: -item[1]))
+        raise Refusal(
+            f"source {source.name}: {bad} of {records} records are malformed ({kinds}), more than max_malformed="
+            f"{source.max_malformed} allows; samples are in {work.at(f'quarantine/{source.name}')}: correct the source "
+            "or its options, or raise max_malformed"
+        )
+
+
+def filters(work: Work) -> None:
+    """Measure what each filter asks for, then judge by the thresholds: who is alive, and why the others are not."""
+    asked = {name: options for name in FILTERS if (options := getattr(work.recipe.stages, name)) is not None}
+    for name, options in asked.items():
+        module = FILTERS[name]
+        jobs = [work.over(unit, module.measure, unit.attributes(name), options) for unit in work.units]
+        work.line.stage(name, module.VERSION, options_of(options, module.MEASURED), jobs)
+    verdicts = [_verdict(name, FILTERS[name], options) for name, options in asked.items()]
+    jobs = []
+    for unit in work.units:
+        measured = {name: work.at(unit.attributes(name)) for name in asked}
+        writes = [unit.attributes("filter"), unit.alive("filter")]
+        run = partial(selection.judge, work.at(unit.documents), measured, verdicts, *work.all_at(writes))
+        jobs.append(Job(unit.name, run, [unit.documents, *(unit.attributes(name) for name in asked)], writes))
+    work.line.stage("filter", 1, {name: options_of(options) for name, options in asked.items()}, jobs)
+    work.alive_after = "filter"
+
+
+def choose(work: Work) -> None:
+    """What becomes of each document, after all that was found out, and the funnel."""
+    stages = work.recipe.stages
+    weigh = stages.near is not None and stages.near.mode == "weigh"
+    verdicts: list[Verdict] = []
+    if stages.exact:
+        verdicts.append(selection.EXACT)
+    if stages.near:
+        verdicts.append(selection.NEAR_WEIGHED if weigh else selection.NEAR)
+    if stages.substring:
+        verdicts.append(_verdict("substring", substring, stages.substring))
+    if stages.decontaminate:
+        verdicts.append(_verdict("decontaminate", decontaminate, stages.decontaminate))
+    names = ["filter", *(name for name in ("language", "redact") if getattr(stages, name))]
+    names += [verdict.stage for verdict in verdicts]
+    jobs = []
+    for unit in work.units:
+        files, to = {name: work.at(unit.attributes(name)) for name in names}, unit.attributes("select")
+        run = partial(selection.select, work.at(unit.documents), files, verdicts, weigh, work.at(to))
+        jobs.append(Job(unit.name, run, [unit.documents, *(unit.attributes(name) for name in names)], [to]))
+    options = {verdict.stage: options_of(getattr(stages, verdict.stage)) for verdict in verdicts}
+    found = work.line.stage("select", 1, options, jobs)
+    funnel.write(funnel.count(work.line.stages["ingest"], found), work.line.folder, work.line.folder.name)
+
+
+def _verdict(stage: str, module: Any, options: BaseModel) -> Verdict:
+    return Verdict(stage, tuple(module.SCHEMA.names), tuple(module.COLUMNS), partial(module.judge, options=options))
