@@ -27,7 +27,10 @@ MODULES = {
 #: Where tables go that the docs quote, in a checkout.
 MEASUREMENTS = Path("docs/measurements")
 #: Packages whose versions decide what was measured.
-PACKAGES = ("torch", "megatron-core", "numba", "transformers")
+PACKAGES = (
+    *("torch", "megatron-core", "numba", "transformers"),
+    *("tokenizers", "gigatoken", "fastokens", "tiktoken", "rensa", "datasketch", "datatrove"),
+)
 
 
 def bench(what: str, save: bool = False, quick: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,6 @@ from stoker.errors import Refusal
 if TYPE_CHECKING:
     from dataio.estimate import Estimate
     from dataio.funnel import Funnel
-    from dataio.store import Store
-    from dataio.tokenizer import Tokenizer
 
 data = typer.Typer(name="data", help="Prepare and look at token stores.", no_args_is_help=True)
 
@@ -31,26 +30,49 @@ def demo(out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder, such a
 
 @data.command()
 def view(
-    path: Annotated[Path, typer.Argument(metavar="STORE", help="A token store.")],
-    first: Annotated[int, typer.Option(min=0, help="Number of the first document.")] = 0,
-    documents: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Token stores, or the folder of a recipe's output.")
+    ],
+    documents: Annotated[int, typer.Option(min=1, help="How many documents, evenly over each store.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, at most.")] = 200,
+    first: Annotated[int | None, typer.Option(min=0, help="Number of the first, instead.")] = None,
+    token: Annotated[int | None, typer.Option(min=0, help="Position of a token: the document that holds it.")] = None,
+    id: Annotated[str | None, typer.Option(help="Beginning of a document's id, in hexadecimal digits.")] = None,
+    language: Annotated[str | None, typer.Option(help="Only documents of this language.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page that is searched in a browser, instead.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default the store's.")] = None,
+    workspace: Annotated[Path | None, typer.Option(help="Folder that knows more; by default the store's.")] = None,
 ) -> None:
-    """Show documents as the model reads them."""
-    from dataio.store import Store
+    """Show documents as the model reads them, where they come from and why they were kept."""
+    from rich.console import Console
 
-    store = Store.open(path)
-    decode = _tokenizer(store, tokenizer).decode
-    if first >= store.num_documents:
-        raise Refusal(f"{path} has documents 0 to {store.num_documents - 1}: --first {first} is beyond them")
-    for number in range(first, min(first + documents, store.num_documents)):
-        start, stop = (int(offset) for offset in store.doc_offsets[number : number + 2])
-        masked = ", masked: no target" if store.doc_masked[number] else ""
-        typer.echo(f"== document {number}: {stop - start} tokens, {store.doc_bytes[number]} bytes{masked}")
-        typer.echo(decode(store.read(start, min(stop, start + tokens))))
-        if stop - start > tokens:
-            typer.echo(f".. and {stop - start - tokens} tokens more")
+    from dataio.view.page import write_page
+    from dataio.view.terminal import draw
+    from dataio.view.viewer import Viewer
+
+    viewers = [Viewer.open(path, tokenizer, workspace) for path in _stores(paths)]
+    if html is not None:
+        typer.echo(write_page(html, viewers, language=language))
+        return
+    for viewer in viewers:
+        last = viewer.store.num_documents
+        if token is not None:
+            numbers = [viewer.at(token)]
+        elif id is not None:
+            numbers = viewer.with_id(id)
+        elif first is not None:
+            if first >= last:
+                raise Refusal(f"{viewer.store.path} has documents 0 to {last - 1}: --first {first} is beyond them")
+            numbers = list(range(first, min(first + documents, last)))
+        else:
+            numbers = viewer.sample(documents, language)
+        draw(viewer.show(numbers, tokens), Console())
+
+
+def _stores(paths: Sequence[Path]) -> list[Path]:
+    """Token stores: those given, and all of a preparation's output."""
+    found = [[*sorted((path / "stores").iterdir())] if (path / "stores").is_dir() else [path] for path in paths]
+    return [store for stores in found for store in stores]
 
 
 @data.command()
@@ -165,7 +187,7 @@ def verify(stores: Stores) -> None:
     """Read every byte and name what is damaged."""
     from dataio.store import Store
 
-    found = {path: Store.open(path).verify() for path in stores}
+    found = {path: Store.open(path).verify() for path in _stores(stores)}
     for path, damages in found.items():
         for damage in damages:
             typer.echo(damage)
@@ -173,16 +195,3 @@ def verify(stores: Stores) -> None:
             typer.echo(f"{path}: sound")
     if damaged := [str(path) for path, damages in found.items() if damages]:
         raise Refusal(f"{', '.join(damaged)}: damaged as said above; prepare again or restore")
-
-
-def _tokenizer(store: Store, given: Path | None) -> Tokenizer:
-    """The tokenizer that a store was made with: the one given, or of that name and hash beside it or above."""
-    from dataio.tokenizer import Tokenizer
-    from stoker.hashing import sha256_file
-
-    folders = (store.path, *store.path.absolute().parents)
-    for place in [given] if given else [folder / "tokenizer.json" for folder in folders]:
-        if place.is_file() and sha256_file(place) == store.tokenizer.sha256:
-            return Tokenizer.load(place)
-    where = given or f"a folder above {store.path}"
-    raise Refusal(f"the tokenizer of {store.path} ({store.tokenizer.sha256[:12]}) is not {where}: give --tokenizer")

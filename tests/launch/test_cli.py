@@ -84,7 +84,7 @@ def test_a_directory_that_is_no_run_is_refused_and_left_as_it_was(
         (["checkpoint", "ls", "nowhere"], "holds no committed checkpoint"),
         (["checkpoint", "verify", "nowhere/checkpoints/step_00000003"], "holds no committed checkpoint"),
         (["report", "nowhere"], "nowhere"),
-        (["bench", "data"], "bench data is not built yet"),
+        (["data", "prepare", "nowhere.yaml"], "cannot be read as a recipe"),
         (["data", "verify", "nowhere"], "no token store here"),
         (["data", "view", "nowhere"], "no token store here"),
     ],
