@@ -132,8 +132,8 @@ def encode(texts: Texts, tokenizer: Path, out: Path) -> Counts:
     counts: Counter[str] = Counter(documents=0, bytes_in=0, kept=0, tokens=0, bytes=0)
     out.mkdir(parents=True, exist_ok=True)
     with _array_file(out / "tokens.npy", dtype) as write:
-        for number, group in enumerate(texts.groups()):
-            if number == 0:
+        for group in texts.groups():
+            if counts["kept"] == 0:
                 encoder.check(group.texts)
             ids, found = encoder.encode(group.texts)
             tokens = np.empty(len(ids) + len(found), dtype)

@@ -110,8 +110,8 @@ def _missing(recipe: Recipe, base: Path, size: int) -> Iterator[str]:
     for stage, (module, sentence) in needed.items():
         if getattr(recipe.stages, stage) is not None and find_spec(module) is None:
             yield sentence
-    if any(source.format == "warc" for source in recipe.sources) and find_spec("fastwarc") is None:
-        yield "warc: fastwarc and resiliparse are not installed; a slower reader is used: pip install 'stoker[html]'"
+    if any(source.format in ("warc", "auto") for source in recipe.sources) and find_spec("resiliparse") is None:
+        yield "pages: resiliparse is not installed, text is taken from HTML more crudely: pip install 'stoker[html]'"
     if recipe.tokenizer.path is not None and not (base / recipe.tokenizer.path).is_file():
         yield f"tokenizer: {base / recipe.tokenizer.path} is not there"
     place = (base / recipe.output).absolute()
@@ -124,6 +124,6 @@ def _missing(recipe: Recipe, base: Path, size: int) -> Iterator[str]:
 
 def require(estimate: Estimate) -> None:
     """Refuse to start what cannot end."""
-    stops = [sentence for sentence in estimate.missing if not sentence.startswith("warc:")]
+    stops = [sentence for sentence in estimate.missing if not sentence.startswith("pages:")]
     if stops:
         raise Refusal("; ".join(stops))

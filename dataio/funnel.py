@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataio.selection import KEPT
-from dataio.stages import Manifest
+from dataio.stages import Manifest, total
 from stoker import canonical, formats
 from stoker.errors import Refusal
 from stoker.files import write_atomic
@@ -26,6 +26,14 @@ FORMAT = "stoker.funnel"
 STAGES = ("licence", "code", "language", "prose", "redact", "exact", "near", "substring", "decontaminate")
 #: Languages that the picture tells apart; the rest are drawn as one.
 SHOWN_LANGUAGES = 7
+#: Counts of ``encode`` and ``substring-match``, and what they are to a reader.
+EDITS = {
+    "rewritten": "documents rewritten",
+    "redacted": "addresses, keys and secrets replaced",
+    "cut_bytes": "bytes of repeated passages cut",
+    "emptied": "documents of which nothing was left",
+    "forgotten": "passages that were not compared with all others, for want of memory_bytes",
+}
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#bab0ac")
 _DROPPED = "#e15759"
 
@@ -44,10 +52,13 @@ NOTHING = Amount(0, 0)
 @dataclass(frozen=True)
 class Funnel:
     """`cells`: (source, reason or "kept", language) -> amount. `unread`: source -> records ingest could not use, by
-    why."""
+    why. Once there are tokens, `tokens`: language -> (bytes as encoded, tokens), and `edits`: what was changed in the
+    texts that were kept."""
 
     cells: Mapping[tuple[str, str, str], Amount]
     unread: Mapping[str, Mapping[str, int]]
+    tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    edits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sources(self) -> list[str]:
@@ -87,8 +98,8 @@ def _place(reason: str) -> int:
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
-def count(ingested: Iterable[Manifest], selected: Iterable[Manifest]) -> Funnel:
-    """From the manifests of both stages, whose tasks are named <source>/<unit>."""
+def count(ingested: Iterable[Manifest], selected: Iterable[Manifest], encoded: Iterable[Manifest] = ()) -> Funnel:
+    """From the manifests of these stages, whose tasks are named <source>/<unit>."""
     documents: Counter[tuple[str, str, str]] = Counter()
     sizes: Counter[tuple[str, str, str]] = Counter()
     for manifest in selected:
@@ -103,7 +114,14 @@ def count(ingested: Iterable[Manifest], selected: Iterable[Manifest]) -> Funnel:
         source = manifest.task.partition("/")[0]
         found = {key: n for key, n in manifest.counts.items() if key.startswith(("malformed.", "skipped."))}
         unread[source].update(found)
-    return Funnel({cell: Amount(n, sizes[cell]) for cell, n in sorted(documents.items())}, unread)
+    sums = total(encoded)
+    tokens = {key.partition("/")[2]: n for key, n in sums.items() if key.startswith("tokens/")}
+    return Funnel(
+        {cell: Amount(n, sizes[cell]) for cell, n in sorted(documents.items())},
+        unread,
+        {language: (sums[f"bytes/{language}"], n) for language, n in tokens.items()},
+        {name: sums[key] for key, name in EDITS.items() if sums.get(key)},
+    )
 
 
 def write(funnel: Funnel, folder: Path, title: str) -> None:
@@ -112,6 +130,8 @@ def write(funnel: Funnel, folder: Path, title: str) -> None:
         "format": formats.stamp(FORMAT, 1),
         "cells": [[*cell, *amount] for cell, amount in funnel.cells.items()],
         "unread": {source: dict(sorted(why.items())) for source, why in sorted(funnel.unread.items())},
+        "tokens": {language: list(amounts) for language, amounts in funnel.tokens.items()},
+        "edits": dict(funnel.edits),
     }
     write_atomic(folder / "funnel.json", canonical.dumps(content))
     write_atomic(folder / "report.html", page(funnel, title))
@@ -126,7 +146,8 @@ def read(folder: Path) -> Funnel:
         raise Refusal(f"{path}: cannot be read ({error}); run `stoker data prepare` to its end") from None
     formats.require(content, FORMAT, 1, path)
     cells = {(source, why, language): Amount(n, size) for source, why, language, n, size in content["cells"]}
-    return Funnel(cells, content["unread"])
+    tokens = {language: (size, n) for language, (size, n) in content["tokens"].items()}
+    return Funnel(cells, content["unread"], tokens, content["edits"])
 
 
 def rows(funnel: Funnel, source: str | None = None) -> Iterator[tuple[str, str, str, str]]:
@@ -153,6 +174,12 @@ def page(funnel: Funnel, title: str) -> str:
             sections.append(_table(("not read", "records"), ((k, f"{n:,}") for k, n in sorted(unread.items()))))
     sections.append("<h2>Languages</h2>")
     sections.append(_table(("language", "MB read", "MB kept", "kept"), _language_rows(funnel)))
+    if funnel.tokens:
+        sections.append("<h2>Tokens</h2>")
+        sections.append(_table(("language", "MB", "million tokens", "bytes a token"), token_rows(funnel)))
+    if funnel.edits:
+        sections.append("<h2>Changed in what is kept</h2>")
+        sections.append(_table(("", "number"), ((name, f"{n:,}") for name, n in funnel.edits.items())))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
@@ -160,6 +187,15 @@ def page(funnel: Funnel, title: str) -> str:
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(sections)}"
         f"<footer>Stoker {VERSION}</footer></body></html>\n"
     )
+
+
+def token_rows(funnel: Funnel) -> Iterator[tuple[str, str, str, str]]:
+    """(language, megabytes, millions of tokens, bytes a token), the most tokens first, then all."""
+    found = sorted(funnel.tokens.items(), key=lambda item: (-item[1][1], item[0]))
+    sums = [sum(amounts) for amounts in zip((0, 0), *funnel.tokens.values())]
+    for language, (size, tokens) in [*found, ("all", sums)]:
+        share = f"{size / tokens:.2f}" if tokens else "-"
+        yield language, f"{size / 1e6:,.2f}", f"{tokens / 1e6:,.3f}", share
 
 
 def _language_rows(funnel: Funnel) -> Iterator[tuple[str, ...]]:

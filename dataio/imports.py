@@ -18,16 +18,17 @@ FAMILIES |= dict.fromkeys(("javascript", "typescript", "vue", "svelte"), "javasc
 FAMILIES |= dict.fromkeys(("c", "c++", "objective-c", "objective-c++", "cuda", "opencl"), "c")
 
 #: Of a file. No person wrote more of them, or longer ones.
-MOST_NAMES, LONGEST_NAME = 1000, 500
+MOST_NAMES, LONGEST_NAME = 400, 200
 
 # Quantifiers are possessive where what follows could make them give back: a line of a million blanks costs linear time.
 _PYTHON = re.compile(
-    r"^(?:from[ \t]++(\.*+)[ \t]*+((?:(?!import\b)[\w.]++)?+)[ \t]*+\bimport\b[ \t]*+(\([^()]*+\)|(?:[^\n\\]|\\\r?+\n)*+)"
+    r"^(?:from[ \t]++(\.*+)[ \t]*+((?:(?!import\b)[\w.]++)?+)[ \t]*+"
+    r"\bimport\b[ \t]*+(\([^()]*+\)|(?:[^\n\\]|\\\r?+\n)*+)"
     r"|import[ \t]++((?:[^\n\\]|\\\r?+\n)*+))",
     re.MULTILINE,
 )
 _COMMENT = re.compile(r"#[^\n]*+")
-_JAVASCRIPT = re.compile(r"""\b(?:from|import|require)\s*+\(?+\s*+(['"])([^'"\n]{1,500}+)\1""")
+_JAVASCRIPT = re.compile(r"""\b(?:from|import|require)\s*+\(?+\s*+(['"])([^'"\n]{1,200}+)\1""")
 _GO = re.compile(
     r'^import\s++(?:\(((?:[^)\n]|\n(?!import))*+)\)|(?:[\w.]++[ \t]++)?+(["`][^"`\n]++["`]))', re.MULTILINE
 )

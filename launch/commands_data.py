@@ -161,6 +161,13 @@ def _show_funnel(found: Funnel) -> None:
         for why, records in sorted(found.unread.get(source or "", {}).items()):
             table.add_row(f"not read: {why}", f"{records:,}", "", "", style="dim")
         Console().print(table)
+    if found.tokens:
+        table = Table("tokens of", "MB", "million tokens", "bytes a token")
+        for row in funnel.token_rows(found):
+            table.add_row(*row)
+        Console().print(table)
+    for name, number in found.edits.items():
+        typer.echo(f"{name}: {number:,}")
 
 
 def _show_estimate(found: Estimate, workers: int) -> None:

@@ -19,6 +19,7 @@ from dataio.ingest import streams, tree
 from dataio.ingest.records import Malformed, Outcome, Skipped
 from dataio.ingest.repositories import MAX_TELLING_BYTES, Repositories, Rule
 from dataio.ingest.streams import Damaged, Hashed, expanded
+from dataio.licences import is_licence_file, is_package_metadata
 
 #: Bytes of a long name or of extended attributes in a tar file: Linux bounds names at 4 KiB.
 _MAX_EXTENSION = 1 << 20
@@ -85,8 +86,6 @@ def _document(member: Member, repositories: Repositories | None, extract_html: b
 
 
 def _repositories(path: Path, name: str, rule: Rule) -> Repositories | None:
-    from dataio.licences import is_licence_file, is_package_metadata
-
     if rule in ("none", "git"):
         return None
     names: list[str] = []
@@ -137,7 +136,7 @@ def _of_zip(file: io.FileIO, size: int) -> Iterator[Member]:
         raise Damaged("archive", _damage(error)) from None
     total = 0
     for row, info in enumerate(archive.infolist()):
-        if info.is_dir():
+        if info.filename.endswith("/"):  # not is_dir(), which fails where there is no name
             continue
 
         def first(most: int, info: zipfile.ZipInfo = info) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataio import languages
+from dataio import languages, licences
 from dataio.ingest.records import Record
 
 #: Characters of a path, language, licence or repository: more is not one.
@@ -147,8 +147,6 @@ def _utf8(data: bytes) -> str:
 @lru_cache(4096)
 def expression(licence: str) -> str:
     """A licence as SPDX expression where its wording is known, else as it is."""
-    from dataio import licences
-
     return licences.normalise(licence) or licence
 
 

@@ -7,8 +7,11 @@ import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from dataio.licences import is_licence_file, is_package_metadata, of_files
 
 #: "root": what `paths` names, or the archive, is one. "first": every folder in it is one. "nearest": the nearest folder
 #: that holds a licence or a package's metadata. "git": the checkout. "distribution": the installed Python distribution
@@ -46,8 +49,6 @@ class Repositories:
     checkouts: Mapping[str, Repository] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from dataio.licences import is_licence_file, is_package_metadata
-
         self._telling: dict[str, list[str]] = defaultdict(list)  # by folder
         if self.rule != "none":
             for path in self.paths:
@@ -96,8 +97,6 @@ class Repositories:
         return Repository(own.rstrip("/") or self.name, folder, None, licence)
 
     def _licence(self, folder: str) -> str | None:
-        from dataio.licences import of_files
-
         # Few and near: a folder that is full of licences is a collection of texts, not a statement.
         files = sorted(self._telling.get(folder, ()), key=lambda path: (path.count("/"), path))[:_MAX_FILES]
         texts = {path[len(folder) :]: self.read(path, MAX_TELLING_BYTES).decode("utf-8", "replace") for path in files}
@@ -110,9 +109,10 @@ class Repositories:
             match = _DIST_INFO.fullmatch(f"{folder}/")
             if match and name == "RECORD":
                 lines = self.read(path, 64 << 20).decode("utf-8", "replace").splitlines()
-                for row in csv.reader(lines):
-                    if row:
-                        yield posixpath.normpath(match[1] + row[0]), f"{folder}/"
+                with suppress(csv.Error):  # what a damaged RECORD lists from there on is of no distribution
+                    for row in csv.reader(lines):
+                        if row:
+                            yield posixpath.normpath(match[1] + row[0]), f"{folder}/"
 
 
 def _above(path: str) -> Iterable[str]:

@@ -101,8 +101,16 @@ def choose(work: Work) -> None:
         run = partial(selection.select, work.at(unit.documents), files, verdicts, weigh, work.at(to))
         jobs.append(Job(unit.name, run, [unit.documents, *(unit.attributes(name) for name in names)], [to]))
     options = {verdict.stage: options_of(getattr(stages, verdict.stage)) for verdict in verdicts}
-    found = work.line.stage("select", 1, options, jobs)
-    funnel.write(funnel.count(work.line.stages["ingest"], found), work.line.folder, work.line.folder.name)
+    work.line.stage("select", 1, options, jobs)
+    report(work)
+
+
+def report(work: Work) -> None:
+    """funnel.json and report.html, of what was done so far."""
+    done = work.line.stages
+    changed = [*done.get("encode", ()), *done.get("substring-match", ())]
+    counted = funnel.count(done["ingest"], done["select"], changed)
+    funnel.write(counted, work.line.folder, work.line.folder.name)
 
 
 def _verdict(stage: str, module: Any, options: BaseModel) -> Verdict:

@@ -28,7 +28,11 @@ def made() -> funnel.Funnel:
         manifest("select", "web/00001", **second),
         manifest("select", "books/00000", **{"documents/kept/en": 1, "bytes/kept/en": 1000}),
     ]
-    return funnel.count(ingested, selected)
+    encoded = [
+        manifest("encode", "web/00000", **{"tokens/python": 100, "bytes/python": 400, "redacted": 2, "tokens": 130}),
+        manifest("encode", "web/00001", **{"tokens/python": 2, "bytes/python": 7, "tokens/en": 0, "bytes/en": 0}),
+    ]
+    return funnel.count(ingested, selected, encoded)
 
 
 def test_what_was_read_is_kept_or_dropped(made: funnel.Funnel) -> None:
@@ -64,6 +68,15 @@ def test_the_page_is_whole_and_nothing_in_it_is_markup(made: funnel.Funnel) -> N
         widths.setdefault(bar.get("y"), []).append(float(bar.get("width", "")))
     # Every bar is as wide as what the one above it left: what it keeps and what it drops.
     assert [round(sum(wide)) for wide in widths.values()] == [720, 720, round(720 * 1547 / 1627)]
+
+
+def test_tokens_and_edits_are_told_by_language(made: funnel.Funnel) -> None:
+    assert list(funnel.token_rows(made)) == [
+        ("python", "0.00", "0.000", "3.99"),
+        ("en", "0.00", "0.000", "-"),
+        ("all", "0.00", "0.000", "3.99"),
+    ]
+    assert made.edits == {"addresses, keys and secrets replaced": 2}
 
 
 def test_nothing_read_divides_by_nothing() -> None:

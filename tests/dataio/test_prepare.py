@@ -194,6 +194,7 @@ def kill_at_random(folder: Path, kills: int, generator: random.Random) -> None:
             os.kill(child.pid, signal.SIGKILL)
             kills -= 1
         else:
+            assert child.returncode == 0
             shutil.rmtree(folder / "out")  # it was faster: once more from the start
         child.communicate()
         time.sleep(0.5)  # its workers end with it

@@ -178,10 +178,12 @@ def test_hostile_headers_end_an_archive_and_nothing_else(tmp_path: Path, data: b
 
 
 def test_members_of_a_zip_that_cannot_be_read_are_malformed_one_by_one(tmp_path: Path) -> None:
-    data = bytearray(zipped(("a.py", b"aaaa\n"), ("b.py", b"bbbb\n"), ("c.py", b"cccc\n"), method=zipfile.ZIP_STORED))
+    members = [("nameless", b"x"), ("a.py", b"aaaa\n"), ("b.py", b"bbbb\n"), ("c.py", b"cccc\n")]
+    data = bytearray(zipped(*members, method=zipfile.ZIP_STORED))
     data[data.index(b"bbbb")] ^= 1  # its checksum no longer holds
-    first = data.index(b"PK\x01\x02")
-    data[first + 8] |= 1  # the first is said to be encrypted
+    entry = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)
+    data[entry + 8] |= 1  # a.py is said to be encrypted
+    data = data.replace(b"nameless", bytes(8))
     lay(tmp_path / "in", {"x.zip": bytes(data)})
     found = read(tmp_path / "in")
     assert [row["text"] for row in found.rows] == ["cccc\n"] and found.faults() == {"malformed.member": 2}

@@ -90,7 +90,7 @@ def test_a_distribution_has_the_files_that_its_record_lists(tmp_path: Path) -> N
             f"{site}/nobody.py": "n\n",
             f"{site}/my_pkg-1.0.post1.dist-info/RECORD": 'pkg/a.py,sha256=x,2\n"pkg/sub/b.py",,\n../../bin/tool.py,,\n',
             f"{site}/my_pkg-1.0.post1.dist-info/METADATA": "Metadata-Version: 2.4\nLicense-Expression: MIT\n",
-            f"{site}/other-2.dist-info/RECORD": "other.py,,\n",
+            f"{site}/other-2.dist-info/RECORD": "other.py,,\n" + "x" * 200_000,  # longer than a field may be
         },
     )
     rows = read(tmp_path / "in", format="code", repository="distribution").rows
