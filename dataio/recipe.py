@@ -68,6 +68,8 @@ class StagesSection(Section):
 class TokenizerSection(Section):
     path: str | None = None
     """A tokenizer.json, or a tiktoken file of ranks; null: one is trained."""
+    pattern: str | None = None
+    """The regular expression that a tiktoken file's tokenizer splits texts by; null: known by the file's name."""
     vocab_size: Annotated[int, Field(ge=257)] = 32_768
     """Tokens of a tokenizer that is trained."""
     sample_bytes: Count = 100_000_000

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -213,17 +214,25 @@ class _Call:
     run: Callable[[], Counts]
 
     def __call__(self) -> Counts:
-        try:
-            return self.run()
-        except Refusal as refusal:
-            raise Refusal(f"{self.stage}, {self.task}: {refusal}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise Refusal(
-                f"{self.stage}, {self.task}: no space left for {error.filename or 'its output'}; what is finished is "
-                "kept: make room and run the same command again"
-            ) from None
+        with room_for(f"{self.stage}, {self.task}"):
+            try:
+                return self.run()
+            except Refusal as refusal:
+                raise Refusal(f"{self.stage}, {self.task}: {refusal}") from None
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """A full disk is refused in words while the block runs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Refusal(
+            f"{what}: no space left for {error.filename or 'its output'}; what is finished is kept: make room and run "
+            "the same command again"
+        ) from None
 
 
 class LocalPool:
@@ -254,7 +263,7 @@ class LocalPool:
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with, initargs=(os.getpid(),))
+            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=(os.getpid(),))
         ended = False
         try:
             indices: dict[Future[tuple[Counts, float]], int] = {
@@ -284,7 +293,13 @@ def _timed(call: Callable[[], Counts]) -> tuple[Counts, float]:
     return counts, round(time.perf_counter() - start, 4)
 
 
-def _end_with(parent: int) -> None:
+def _begin(parent: int) -> None:
+    for library in ("RAYON", "OMP", "NUMBA"):  # a worker is a core
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    _die_with(parent)
+
+
+def _die_with(parent: int) -> None:
     """This process is killed when its parent ends, however it ends (Linux: prctl(2), PR_SET_PDEATHSIG); an interrupt
     from the keyboard is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -187,6 +187,62 @@ def _show_estimate(found: Estimate, workers: int) -> None:
     typer.echo(f"about {found.seconds(workers) / 60:.1f} minutes with {workers} processes, if nothing is done yet")
     for sentence in found.missing:
         typer.echo(f"missing: {sentence}")
+
+
+@data.command()
+def repack(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A token store.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the new one goes.")],
+    profile: Annotated[Literal["hot", "cold"], typer.Option(help="hot: mapped into memory; cold: compressed.")],
+) -> None:
+    """Write a store in another profile: the same documents, the same dataset id."""
+    from dataio.repack import repack
+    from dataio.store import Store
+
+    made = repack(Store.open(store), out, profile)
+    typer.echo(f"{out}: {made.num_documents:,} documents, dataset {made.dataset_id[:12]}")
+
+
+@data.command("export")
+def export_store(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A token store.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="megatron: prefix of .bin and .idx; mds: a folder.")],
+    to: Annotated[Literal["megatron", "mds"], typer.Option(help="What it is written as.")],
+    compress: Annotated[bool, typer.Option(help="mds: shards in zstd.")] = False,
+) -> None:
+    """Write a store's tokens for Megatron's IndexedDataset or MosaicML's StreamingDataset."""
+    from dataio.interchange.mds import export_mds
+    from dataio.interchange.megatron import export_megatron
+    from dataio.store import Store
+
+    opened = Store.open(store)
+    if to == "megatron":
+        export_megatron(opened, out)
+    else:
+        export_mds(opened, out, compress)
+    typer.echo(f"{out}: {opened.num_documents:,} documents, {opened.num_tokens:,} tokens")
+
+
+@data.command("import")
+def import_store(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="megatron: prefix of .bin and .idx; mds: a folder.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Where the store goes.")],
+    of: Annotated[Literal["megatron", "mds"], typer.Option("--from", help="What PATH is.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json that the tokens were made with.")],
+    source: Annotated[str | None, typer.Option(help="Name of the source; by default the store's.")] = None,
+    ends: Annotated[
+        Literal["present", "append", "split"],
+        typer.Option(help="Documents end with end-of-text; lack it; or are what lies between them."),
+    ] = "present",
+) -> None:
+    """Make a token store of another project's tokens."""
+    from dataio.interchange.mds import import_mds
+    from dataio.interchange.megatron import import_megatron
+    from dataio.tokenizer import Tokenizer
+
+    make = import_megatron if of == "megatron" else import_mds
+    made = make(path, store, source or store.name, Tokenizer.load(tokenizer), ends)
+    typer.echo(f"{store}: {made.num_documents:,} documents, {made.num_tokens:,} tokens")
 
 
 @data.command()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dataio import assemble, code_order, encode, selection
 from dataio import tokenizer as bpe
 from dataio.pipeline import Job, Unit
-from dataio.stages import content_hash, total
+from dataio.stages import Counts, content_hash, total
 from dataio.steps.work import Work
 from stoker.errors import Refusal
 
@@ -23,8 +24,13 @@ def tokenizer(work: Work) -> None:
         path = work.base / options.path
         if not path.is_file():
             raise Refusal(f"{path}: there is no tokenizer here; correct tokenizer.path, or leave it out to train one")
-        run = partial(_adopt, path, work.at(TOKENIZER))
-        work.line.stage("tokenizer", 1, {}, [Job("adopt", run, (), [TOKENIZER], {str(path): content_hash(path)})])
+        run = partial(_adopt, path, work.at(TOKENIZER), options.pattern)
+        work.line.stage(
+            "tokenizer",
+            1,
+            {"pattern": options.pattern},
+            [Job("adopt", run, (), [TOKENIZER], {str(path): content_hash(path)})],
+        )
         return
     kept = sum(n for key, n in total(work.line.stages["select"]).items() if key.startswith(f"bytes/{selection.KEPT}/"))
     share = min(1.0, options.sample_bytes / max(1, kept))
@@ -38,8 +44,8 @@ def tokenizer(work: Work) -> None:
     work.line.stage("tokenizer", encode.VERSION, {"vocab_size": options.vocab_size}, [job])
 
 
-def _adopt(source: Any, path: Any) -> dict[str, int]:
-    bpe.adopt(source, path)
+def _adopt(source: Path, path: Path, pattern: str | None) -> Counts:
+    bpe.adopt(source, path, pattern)
     return {"documents": 0}
 
 

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
+from dataio import tokenizer as bpe
+from dataio.documents import document_id
+from dataio.store import Store, StoreWriter
 from launch.cli import app, main
 from tests.house.sources import HOME
 from tests.launch.tiny import tiny
@@ -149,6 +153,24 @@ def test_verify_names_a_damaged_store(config: Path, tmp_path: Path, capfd: pytes
 def test_stats_counts_what_is_in_a_store(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert stoker("data", "stats", config.parent / "train") == 0
     assert "6,000 tokens" in capfd.readouterr().out
+
+
+def test_a_store_goes_out_and_comes_back_the_same(tmp_path: Path) -> None:
+    texts = [f"the {i}th text of a few words\n" * (1 + i % 3) for i in range(40)]
+    tokenizer = bpe.train(texts, 270, tmp_path / "tokenizer.json")
+    tokens, lengths = tokenizer.encode_batch(texts)
+    ids = np.frombuffer(b"".join(document_id(text.encode()) for text in texts), ">u8").reshape(-1, 2)
+    with StoreWriter(tmp_path / "store", "text", tokenizer.id) as writer:
+        writer.append(tokens, lengths, np.array([len(text) for text in texts]), ids)
+        identity = writer.commit().dataset_id
+    assert stoker("data", "repack", tmp_path / "store", tmp_path / "cold", "--profile", "cold") == 0
+    assert Store.open(tmp_path / "cold").dataset_id == identity
+    for form in ("megatron", "mds"):
+        assert stoker("data", "export", tmp_path / "store", tmp_path / form, "--to", form) == 0
+        given = ("--from", form, "--tokenizer", tmp_path / "tokenizer.json")
+        assert stoker("data", "import", tmp_path / form, tmp_path / f"from-{form}", *given) == 0
+        again = Store.open(tmp_path / f"from-{form}")
+        assert np.array_equal(again.read(0, len(tokens)), tokens) and np.array_equal(again.doc_id, ids)
 
 
 def test_what_is_listed_is_built_and_says_what_it_is_for() -> None:
