@@ -7,8 +7,9 @@ heads are shared out over torch's threads. Nothing here reads a tensor's content
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from kernels.native_rows import in_threads, never
 from kernels.precision import compute_dtype
 from kernels.registry import Implementation, Supports
 from kernels.segments import segment_bounds
+from kernels.toolchain.library import NativeError
+
+logger = logging.getLogger(__name__)
 
 #: Head dims (K, V) that the libraries are built for.
 HOST_DIMS = {(32, 32), (64, 64), (128, 128)}
@@ -68,16 +72,19 @@ MATRICES = {"gated_delta": 1, "kda": 2}
 
 
 def implementations(op: str) -> list[Implementation]:
-    """Of an operator, in order of preference. "hopper" is the GPU's code with what only that architecture has.
+    """Of an operator, in order of preference. "hopper" is the GPU's code with what only that architecture has: products
+    of warpgroups and bulk copies; "wgmma" has the products alone.
 
     ``emulated`` and ``model`` run only where ``registry.force`` asks for them: the GPU's code on an emulated block, and
     the programs in double or with bfloat16 tiles on the host."""
     return [
         _cuda(op, "cuda"),
         _cuda(op, "hopper", "_hopper"),
+        _cuda(op, "wgmma", "_wgmma"),
         _host(op, "compiled"),
         _emulated(op, "emulated"),
         _emulated(op, "emulated_hopper", "_hopper"),
+        _emulated(op, "emulated_wgmma", "_wgmma"),
         _model(op, "model"),
     ]
 
@@ -258,6 +265,10 @@ def _run_cuda(suffix: str, op: str, params: DeltaParams, back: bool, q: Tensor) 
         _run_device(library, suffix, op, params, back, q, torch.cuda.current_stream(q.device).cuda_stream)
 
 
+#: Of native/abi.h: the driver makes no map of the tensors, which bulk copies need; what runs in its place.
+NO_TENSOR_MAP, WITHOUT_MAPS = -1000002, "_wgmma"
+
+
 def _run_emulated(suffix: str, op: str, params: DeltaParams, back: bool, q: Tensor) -> None:
     library = toolchain.emulated_library()
     if library is None:
@@ -270,6 +281,24 @@ emulation_seed = 1
 
 
 def _run_device(
+    library: toolchain.Library, suffix: str, op: str, params: DeltaParams, back: bool, q: Tensor, stream: int
+) -> None:
+    try:
+        _call_device(library, suffix, op, params, back, q, stream)
+    except NativeError as error:
+        if error.code != NO_TENSOR_MAP or suffix == WITHOUT_MAPS:
+            raise
+        _tell(op, str(error))
+        _call_device(library, WITHOUT_MAPS, op, params, back, q, stream)
+
+
+@cache
+def _tell(op: str, reason: str) -> None:
+    """Once: what runs instead is right, and somewhat slower."""
+    logger.warning("kernel %s: %s; tiles are copied by threads instead", op, reason)
+
+
+def _call_device(
     library: toolchain.Library, suffix: str, op: str, params: DeltaParams, back: bool, q: Tensor, stream: int
 ) -> None:
     if back:

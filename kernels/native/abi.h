@@ -15,6 +15,6 @@ namespace stoker {
 
 constexpr int kAbiVersion = 1;
 // Beside the codes of cudaError_t, which are positive.
-constexpr int kUnsupported = -1000000, kWorkspaceTooSmall = -1000001;
+constexpr int kUnsupported = -1000000, kWorkspaceTooSmall = -1000001, kNoTensorMap = -1000002;
 
 }  // namespace stoker

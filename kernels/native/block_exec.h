@@ -7,6 +7,8 @@ namespace stoker {
 namespace STOKER_ISA {
 
 struct BlockExec : BlockLevels {
+  using BlockLevels::BlockLevels;
+
   // acc = op(a) op(b).
   template <bool TransA, bool TransB, int R, int C, int AR, int AC, int BR, int BC>
   STOKER_DEVICE void start(Acc<R, C> &acc, const Tile<AR, AC> &a, const Tile<BR, BC> &b) {

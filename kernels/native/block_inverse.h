@@ -11,6 +11,8 @@ namespace STOKER_ISA {
 // are sums of two bfloat16 (at most 2^-16 of a number is lost), and sums are float. There are no powers of L: where its
 // entries are ones, those of L^8 are in the thousands, and what is left of them in T is 1.
 struct BlockInverse : BlockSums {
+  using BlockSums::BlockSums;
+
   // tile = T - I for the L that acc has below the diagonal: zeros on the diagonal and above. T's unit diagonal is for
   // the caller to add in float, where rounding costs it nothing. The tile is complete on return.
   STOKER_DEVICE void unit_lower_inverse(Tile<64, 64> &tile, const Acc<64, 64> &acc, Scratch<64> &scratch) {
@@ -27,10 +29,10 @@ struct BlockInverse : BlockSums {
       right[i] = own ? acc.x[3][i + 2] : acc.x[1][i + 2];
     }
     if (diagonal) pose(system, upper, right);
-    sync();
+    meet();
     if (diagonal) solve_diagonal(block(stripe, stripe), system, left);
     if (own >= 2) write(block(0, stripe - 1), split(acc.x[2], acc.x[3]));
-    sync();
+    meet();
     if (own) {
       // Of L's six blocks warps 1, 2, 3 and 7 take their left ones; 4 and 5 those that 2 and 3 have besides.
       const int r = own > 0 ? stripe : stripe + 2, c = own > 0 ? 2 * part : 1;
@@ -39,7 +41,7 @@ struct BlockInverse : BlockSums {
       sum.add(factor, read<true>(block(c, c)));
       write(block(r, c), sum.total(), 0x80008000u);
     }
-    sync();
+    meet();
     if (part == 0)
       solve_row(tile, scratch, stripe);
     else

@@ -50,6 +50,8 @@ struct alignas(8) LaneGroup<bf16> {
 };
 
 struct BlockLevels : BlockInverse {
+  using BlockInverse::BlockInverse;
+
   // Numbers by token and channel that are summed or multiplied along the tokens: a stripe of channels is a warp's, so
   // that the tokens of a channel meet in registers and by two shuffles. Tiles made of them have the channels as rows.
   static constexpr bool kChannelsFirst = true;
@@ -121,7 +123,7 @@ struct BlockLevels : BlockInverse {
       if constexpr (A::parts == 2) {
         const int part = warp / A::stripes;
         if (lane % 4 == 0) gates.halves[part][c] = before;
-        sync();
+        meet();
         const float other = gates.halves[1 - part][c];
         if (part)
           scale(from_start, h, other);
@@ -313,9 +315,9 @@ struct BlockLevels : BlockInverse {
       }
       if constexpr (A::parts == 2) {
         const int part = warp / A::stripes, c = warp % A::stripes * 16 + lane / 4 + h * 8;
-        sync();
+        meet();
         if (lane % 4 == 0) gates.halves[part][c] = beyond;
-        sync();
+        meet();
         if ((part == 0) == FromHere) {
           const float other = gates.halves[1 - part][c];
 #pragma unroll

@@ -7,6 +7,8 @@ namespace stoker {
 namespace STOKER_ISA {
 
 struct BlockSums : BlockTiles {
+  using BlockTiles::BlockTiles;
+
   // What passing sums and the inverse pass through shared memory.
   template <int N>
   struct Scratch {
@@ -111,7 +113,7 @@ struct BlockSums : BlockTiles {
       scratch.passing[stripe][at.column(lane / 8, lane / 4)] = over_rows(passing);
       if (part == 0 && t < 2) whole_rows[at.row(2 * t)] = t ? before[1] : before[0];
     }
-    sync();
+    meet();
     if (w >= N / 32) return;
     const int j = opaque(thread);
     float sum = 0;

@@ -9,6 +9,9 @@
 
 #include "native/number.h"
 #include "native/ptx.h"
+#if defined(STOKER_TMA)
+#include "native/tensor_map.h"
+#endif
 
 namespace stoker {
 namespace STOKER_ISA {
@@ -21,6 +24,11 @@ struct BlockTiles {
   using Wide = float;
   static constexpr int kStages = 2;
   static constexpr bool kFewRegisters = true;
+#if defined(STOKER_TMA)
+  static constexpr bool kMapped = true;
+#else
+  static constexpr bool kMapped = false;
+#endif
 
   template <int R, int C>
   struct alignas(1024) Tile {
@@ -84,10 +92,26 @@ struct BlockTiles {
   int group;  // of four warps; the same for all threads of a warp, and known to be
   STOKER_DEVICE BlockTiles()
       : thread(thread_index()), warp(thread / 32), lane(thread % 32), group(uniform(thread / 128)) {}
+#if defined(STOKER_TMA)
+  // Whole panels of tiles come by bulk copies (TMA), which the first thread begins for all: their bytes are announced to
+  // `landed` with each, and it arrives there itself in wait_loads, so that a phase is what one wait waits for.
+  Barrier *landed = nullptr;
+  const TensorMap *maps = nullptr;
+  int parity = 0;
+  STOKER_DEVICE BlockTiles(Barrier *landed, const TensorMap *maps) : BlockTiles() {
+    this->landed = landed;
+    this->maps = maps;
+    if (thread == 0) barrier_init(landed, 1);
+    sync();
+  }
+#endif
 
   // The same number: what is derived from it is not kept from where it was derived before.
   STOKER_DEVICE int anew(int i) { return opaque(i); }
 
+  // All threads come here before any goes on: what they wrote is seen by all threads, and after sync by their products and
+  // bulk copies too, which know nothing of threads.
+  STOKER_DEVICE void meet() { block_barrier(); }
   STOKER_DEVICE void sync() {
 #if defined(STOKER_WARPGROUP)
     fence_async_proxy();
@@ -113,10 +137,30 @@ struct BlockTiles {
   // 64 columns are a piece of their own, so a tile of more columns is the tiles of fewer in a row.
   template <int R, int C>
   STOKER_DEVICE void load_image(Tile<R, C> &tile, const bf16 *from) {
+#if defined(STOKER_TMA)
+    if (thread == 0) {
+      barrier_expect(landed, sizeof tile.at);
+      copy_bulk_async(tile.at, from, sizeof tile.at, landed);
+    }
+#else
     const int first = opaque(thread) * 8;
 #pragma unroll
     for (int i = 0; i < R * C; i += kThreads * 8) copy16_async(tile.at + first + i, from + first + i, true);
+#endif
   }
+#if defined(STOKER_TMA)
+  // `rows` rows of a tensor, from a token and a column on; zeros below.
+  template <int R, int C>
+  STOKER_DEVICE void load_mapped(Tile<R, C> &tile, int tensor, int64_t token, int column, int rows) {
+    static_assert(R == kBoxRows);
+    if (thread == 0) {
+      barrier_expect(landed, sizeof tile.at);
+#pragma unroll
+      for (int c = 0; c < C; c += kBoxColumns)
+        copy_box_async(tile.at + R * c, maps + tensor, column + c, R - rows, int(token) + rows, landed);
+    }
+  }
+#endif
   template <int R, int C>
   STOKER_DEVICE void store_image(bf16 *to, const Tile<R, C> &tile) {
     const int first = opaque(thread) * 8;
@@ -130,7 +174,14 @@ struct BlockTiles {
     const int i = opaque(thread);
     if (i < N) copy4_async(to.at + i, from + i * stride, i < rows);
   }
-  STOKER_DEVICE void wait_loads() { copy_wait(); }
+  STOKER_DEVICE void wait_loads() {
+    copy_wait();
+#if defined(STOKER_TMA)
+    if (thread == 0) barrier_arrive(landed);
+    barrier_wait(landed, parity);
+    parity ^= 1;
+#endif
+  }
 
   template <int R, int C>
   STOKER_DEVICE void store(bf16 *to, int64_t stride, int rows, const Tile<R, C> &tile) {

@@ -25,4 +25,15 @@ STOKER_BOTH int chunks_of(const DeltaParams &p, int segment) {
   return ceil_div(p.cu_seqlens[segment + 1] - p.cu_seqlens[segment], kChunk);
 }
 
+// A chunk's rows of as many columns of a tensor as the tile has, from `column` on; beyond the chunk's tokens they are zero.
+template <Tokens Which, class X, class Tile>
+STOKER_TILE void load_rows(X &x, Tile &tile, const DeltaParams &p, const Rows &rows, int column) {
+  if constexpr (X::kMapped) {
+    x.load_mapped(tile, int(Which), rows.token, column, rows.count);
+  } else {
+    const TokenTensor from = token_tensor(p, Which);
+    x.load(tile, (const typename X::Element *)from.at + rows.token * from.stride + column, from.stride, rows.count);
+  }
+}
+
 }  // namespace stoker

@@ -3,9 +3,54 @@
 
 #include "native/block_exec.h"
 #include "native/delta_chunk.h"
+#include "native/launch.h"
 
 namespace stoker {
 namespace STOKER_ISA {
+
+// What a kernel is given: beside the caller's parameters the maps of what it reads by token.
+#if defined(STOKER_TMA)
+struct DeviceParams : DeltaParams {
+  TensorMap maps[kTokenTensors];
+};
+#else
+struct DeviceParams : DeltaParams {};
+#endif
+// 0 or kNoTensorMap.
+inline int device_params(DeviceParams &to, const DeltaParams &from) {
+  static_cast<DeltaParams &>(to) = from;
+#if defined(STOKER_TMA)
+  for (int i = 0; i < kTokenTensors; ++i) {
+    const TokenTensor tensor = token_tensor(from, Tokens(i));
+    if (!tensor.at || !from.num_tokens) continue;
+    if (int error = map_rows(to.maps[i], tensor.at, tensor.stride, tensor.columns, from.num_tokens)) return error;
+  }
+#endif
+  return 0;
+}
+
+// A program and its block's shared memory.
+template <class Program>
+struct Memory {
+  typename Program::Shared shared;
+#if defined(STOKER_TMA)
+  Barrier landed;
+#endif
+};
+template <class Program>
+constexpr size_t block_bytes() {
+  return shared_bytes<Memory<Program>>();
+}
+template <class Program, class Params, class... Arguments>
+STOKER_DEVICE void run_block(const Params &p, Arguments... arguments) {
+  auto &memory = shared_memory<Memory<Program>>();
+#if defined(STOKER_TMA)
+  BlockExec x(&memory.landed, p.maps);
+#else
+  BlockExec x;
+#endif
+  Program::run(x, memory.shared, p, arguments...);
+}
 
 // Stops the kernel loudly where bounds do not rise from 0 to the number of tokens, as soon as one block has seen it: reads
 // and writes of others may have gone astray by then. The host never looks at them, since it would have to wait.

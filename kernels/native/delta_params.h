@@ -29,6 +29,25 @@ struct DeltaParams {
   double scale;
 };
 
+// What is read by token, [N, heads, dim]; columns: all heads'.
+enum class Tokens { q, k, v, d_o, dv };
+constexpr int kTokenTensors = 5;
+struct TokenTensor {
+  const void *at;
+  int64_t stride;
+  int columns;
+};
+STOKER_BOTH TokenTensor token_tensor(const DeltaParams &p, Tokens which) {
+  const int keys = p.num_qk_heads * p.key_dim, values = p.num_v_heads * p.value_dim;
+  switch (which) {
+    case Tokens::q: return {p.q, p.q_stride, keys};
+    case Tokens::k: return {p.k, p.k_stride, keys};
+    case Tokens::v: return {p.v, p.v_stride, values};
+    case Tokens::d_o: return {p.d_o, p.d_o_stride, values};
+    default: return {p.dv, values, values};
+  }
+}
+
 // Chunks of 64 tokens are cut from the start of every segment. Chunk j of segment i has the slot
 // cu_seqlens[i] / 64 + i + j: no table is needed, slots rise with the token and never meet, some stay unused.
 constexpr int kChunk = 64;

@@ -83,6 +83,7 @@ struct HostExec {
   };
   static constexpr int kStages = 1;  // sets of tiles that loads run ahead by
   static constexpr bool kFewRegisters = false;
+  static constexpr bool kMapped = false;
 
   // Sums over an accumulator, in the parts that the executor's threads make without meeting; the program adds them up.
   template <int N>
@@ -100,6 +101,7 @@ struct HostExec {
   struct Scratch {};
 
   int anew(int i) { return i; }
+  void meet() {}
   void sync() {}
   // The accumulators of products are complete only after this.
   template <class... Accs>

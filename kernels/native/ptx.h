@@ -11,6 +11,7 @@
 #include "native/simt.h"
 #else
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #define STOKER_DEVICE __device__ __forceinline__
@@ -71,6 +72,57 @@ STOKER_DEVICE void copy4_async(void *to, const void *from, bool valid) {
                : "memory");
 }
 STOKER_DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A barrier in shared memory that bulk copies complete (PTX ISA 9.0, "mbarrier"). A phase is over once `arrivals` threads
+// have arrived and all bytes that were announced have landed; the next has the other parity, the first has 0. While an
+// arrival is missing, bytes may land before they are announced.
+using Barrier = uint64_t;
+
+// Others may use it after a block's barrier.
+STOKER_DEVICE void barrier_init(Barrier *barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+STOKER_DEVICE void barrier_expect(Barrier *barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+STOKER_DEVICE void barrier_arrive(Barrier *barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Waits for the end of the phase of a parity, the current one or the one before, and sees what landed in it. A try lasts as
+// long as the device likes; after so many that no copy can still be under way the kernel ends rather than hangs.
+STOKER_DEVICE void barrier_wait(Barrier *barrier, int parity) {
+  for (int tries = 0;; ++tries) {
+    uint32_t over;
+    asm volatile(
+        "{ .reg .pred over; mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2; selp.u32 %0, 1, 0, over; }"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    if (over) return;
+    if (tries == 1 << 24) trap();
+  }
+}
+
+// Copies begun by one thread for all, which know nothing of threads: what these wrote where they land must be fenced
+// (fence_async_proxy) and a barrier ago. `bytes` from global to shared memory, all multiples of 16.
+STOKER_DEVICE void copy_bulk_async(void *to, const void *from, int bytes, Barrier *barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// The box of a tensor that starts at (x, y, z), zeros where it leaves the tensor; all bytes of it count. `to`: a multiple of
+// 128 bytes. `of` lies in the kernel's parameters.
+using TensorMap = CUtensorMap;
+STOKER_DEVICE void copy_box_async(void *to, const TensorMap *of, int x, int y, int z, Barrier *barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+      "l"(of), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+      : "memory");
+}
 
 // Four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
 template <bool Transposed>

@@ -4,7 +4,9 @@
 // is silently lucky: shared memory and local variables start as NaN, asynchronous copies leave NaN until they are waited
 // for, threads run in an order drawn from a seed, and a shared-memory access that races with another thread's since the
 // last barrier fails the run and names the two threads. A warpgroup's products read their operands when they are waited
-// for, and refuse what was not fenced; their accumulators are NaN until then. Not modelled: memory ordering finer than barriers, timing, warps that diverge.
+// for, and refuse what was not fenced; their accumulators are NaN until then. Bulk copies land in any order, and not before
+// every thread waits for something; until then, and for threads that did not wait for their barrier, to touch where they
+// land is a race. Not modelled: memory ordering finer than barriers, timing, warps that diverge.
 #pragma once
 
 #include <setjmp.h>
@@ -16,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -48,6 +51,19 @@ struct Product {
   bool transposed_a, transposed_b;
 };
 
+// A bulk copy under way: `land` writes what it brings.
+struct Flight {
+  size_t to, bytes, barrier;  // in shared memory
+  std::function<void()> land;
+};
+// A barrier of bulk copies. Phases are numbered from 1 over all barriers of a block.
+struct Phases {
+  int arrivals, missing;
+  int64_t bytes;  // announced and not landed; below zero where more landed
+  int completed;
+  unsigned phase, before;
+};
+
 struct Warp {
   // Two sets of mailboxes: a lane can be one collective ahead of another, never two.
   unsigned char mail[2][kLanes][64];
@@ -64,8 +80,11 @@ struct Fiber {
   std::vector<std::vector<float>> accumulators;  // what a product adds to, if no other waits to be made there first
   std::vector<size_t> unfenced;                   // words written since the last fence_async_proxy
   bool open = false;                              // between warpgroup_begin and warpgroup_end
+  std::vector<unsigned> waited;                   // the phases of barriers that it has waited for
   int thread;
   bool done = false;
+
+  bool has_waited(unsigned phase) const { return std::find(waited.rbegin(), waited.rend(), phase) != waited.rend(); }
 };
 
 // Who touched four bytes of shared memory since the barrier before last.
@@ -73,6 +92,8 @@ struct Access {
   unsigned write_epoch = 0, read_epoch = 0;
   int writer = -1, reader = -1;
   bool fenced = true;  // does what reads shared memory beside the threads see the last write
+  bool awaited = false;    // a bulk copy by `writer` will land here
+  unsigned landed_in = 0;  // the phase in which one landed in write_epoch, or 0
 };
 
 struct Block {
@@ -82,9 +103,12 @@ struct Block {
   unsigned char *shared;
   size_t shared_bytes;
   std::vector<Access> accesses;
+  std::vector<Flight> flights;
+  std::map<size_t, Phases> barriers;  // by offset in shared memory
+  unsigned phases = 0;
   int arrived = 0;
   unsigned epoch = 1;
-  unsigned progress = 0;  // collectives and barriers passed
+  unsigned progress = 0;  // collectives, barriers and phases passed, copies landed
   ucontext_t caller;
   jmp_buf scheduler;
   Fiber *self = nullptr;
@@ -120,23 +144,37 @@ inline void race(const char *what, ptrdiff_t offset, int other) {
             block->self->thread, what, other, offset);
 }
 
+// What is wrong with this thread's reading or writing of four bytes, if anything, and who else had to do with them.
+inline const char *conflict(const Access &a, bool write, int &other) {
+  const int me = block->self->thread;
+  const bool written = a.write_epoch == block->epoch, read = a.read_epoch == block->epoch && a.reader != me;
+  other = a.writer;
+  if (a.awaited || (written && a.landed_in && !block->self->has_waited(a.landed_in)))
+    return write ? "writes over a bulk copy that it has not waited for," : "has not waited for the bulk copy";
+  if (written && !a.landed_in && a.writer != me) return write ? "overwrites a value" : "reads a value";
+  other = a.reader;
+  return write && read ? "overwrites what was read" : nullptr;
+}
+
 inline void touch(const void *at, size_t bytes, bool write) {
   ptrdiff_t offset = static_cast<const unsigned char *>(at) - block->shared;
   if (offset < 0 || size_t(offset) + bytes > block->shared_bytes) {
     fprintf(stderr, "%s: thread %d leaves shared memory at byte %td\n", block->kernel, block->self->thread, offset);
     abort();
   }
-  int me = block->self->thread;
+  const int me = block->self->thread;
+  bool told = false;
   for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
     Access &a = block->accesses[word];
-    bool written = a.write_epoch == block->epoch && a.writer != me;
-    bool read = a.read_epoch == block->epoch && a.reader != me;
-    if (written) race(write ? "overwrites a value" : "reads a value", offset, a.writer);
-    if (write && read) race("overwrites what was read", offset, a.reader);
+    int other;
+    const char *wrong = told ? nullptr : conflict(a, write, other);
+    if (wrong) race(wrong, offset, other);
+    told |= wrong != nullptr;
     if (write) {
       a.write_epoch = block->epoch;
       a.writer = me;
       a.fenced = false;
+      a.landed_in = 0;
       block->self->unfenced.push_back(word);
     } else if (a.read_epoch != block->epoch || a.reader == me) {
       a.read_epoch = block->epoch;
@@ -152,6 +190,50 @@ inline void begin_copy(const Copy &copy) {
   touch(copy.to, copy.bytes, true);
   memset(copy.to, 0xff, copy.bytes);
   block->self->copies.push_back(copy);
+}
+
+inline size_t offset_of(const void *at) { return static_cast<const unsigned char *>(at) - block->shared; }
+
+inline Phases &phases_of(const void *barrier) {
+  touch(barrier, 8, false);
+  const auto found = block->barriers.find(offset_of(barrier));
+  if (found == block->barriers.end()) fail("a barrier that was never made");
+  return found->second;
+}
+inline void settle(Phases &p) {
+  if (p.missing || p.bytes) return;
+  p.missing = p.arrivals;
+  ++p.completed;
+  p.before = p.phase;
+  p.phase = ++block->phases;
+  ++block->progress;
+}
+inline void begin_flight(void *to, int bytes, const void *barrier, std::function<void()> land) {
+  phases_of(barrier);
+  if (!block->accesses[offset_of(barrier) / 4].fenced) fail("a bulk copy for a barrier that was not fenced");
+  const size_t first = offset_of(to) / 4;
+  for (size_t word = first; word < first + bytes / 4 && word < block->accesses.size(); ++word)
+    if (!block->accesses[word].fenced) fail("a bulk copy to where a write was not fenced");
+  touch(to, bytes, true);
+  memset(to, 0xff, bytes);
+  for (size_t word = first; word < first + bytes / 4; ++word) block->accesses[word].awaited = true;
+  block->flights.push_back({offset_of(to), size_t(bytes), offset_of(barrier), std::move(land)});
+}
+inline void land(size_t which) {
+  const Flight flight = std::move(block->flights[which]);
+  block->flights.erase(block->flights.begin() + which);
+  flight.land();
+  Phases &p = block->barriers.at(flight.barrier);
+  for (size_t word = flight.to / 4; word < (flight.to + flight.bytes) / 4; ++word) {
+    Access &a = block->accesses[word];
+    a.write_epoch = block->epoch;
+    a.landed_in = p.phase;
+    a.awaited = false;
+    a.fenced = true;
+  }
+  ++block->progress;
+  p.bytes -= int64_t(flight.bytes);
+  settle(p);
 }
 
 inline void entry() {
@@ -196,10 +278,20 @@ inline void run(Block &b, unsigned seed) {
         }
       }
     }
-    if (b.progress == progress && left == running) {
-      fprintf(stderr, "%s: %d threads wait for others that never come\n", b.kernel, left);
-      abort();
+    if (b.progress != progress || left != running) continue;
+    if (!b.flights.empty()) {
+      land(generator() % b.flights.size());
+      continue;
     }
+    fprintf(stderr, "%s: %d threads wait for others that never come\n", b.kernel, left);
+    for (const auto &[offset, p] : b.barriers)
+      fprintf(stderr, "the barrier at byte %zu waits for %d threads and %td bytes\n", offset, p.missing,
+              ptrdiff_t(p.bytes));
+    abort();
+  }
+  if (!b.flights.empty()) {
+    fprintf(stderr, "%s: bulk copies that nobody waited for\n", b.kernel);
+    abort();
   }
   for (int i = 0; i < b.threads; ++i)
     if (stacks[i * kStackBytes] != '\xff') {
@@ -292,6 +384,58 @@ STOKER_DEVICE void copy_wait() {
       memset(copy.to, 0, copy.bytes);
   }
   simt::block->self->copies.clear();
+}
+
+using Barrier = uint64_t;
+
+STOKER_DEVICE void barrier_init(Barrier *barrier, int arrivals) {
+  simt::touch(barrier, 8, true);
+  simt::block->barriers[simt::offset_of(barrier)] = {arrivals, arrivals, 0, 0, ++simt::block->phases, 0};
+}
+STOKER_DEVICE void barrier_expect(Barrier *barrier, int bytes) { simt::phases_of(barrier).bytes += bytes; }
+STOKER_DEVICE void barrier_arrive(Barrier *barrier) {
+  simt::Phases &p = simt::phases_of(barrier);
+  --p.missing;
+  simt::settle(p);
+}
+STOKER_DEVICE void barrier_wait(Barrier *barrier, int parity) {
+  const simt::Phases &p = simt::phases_of(barrier);
+  while (p.completed % 2 == parity) simt::yield();
+  simt::block->self->waited.push_back(p.before);
+}
+
+STOKER_DEVICE void copy_bulk_async(void *to, const void *from, int bytes, Barrier *barrier) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
+    simt::fail("a bulk copy is not aligned to 16 bytes");
+  simt::begin_flight(to, bytes, barrier, [=] { memcpy(to, from, bytes); });
+}
+
+// A tensor of 16-bit elements in boxes, as the driver's opaque one describes it (native/tensor_map.h).
+struct alignas(64) TensorMap {
+  const char *base;
+  uint64_t dims[3], strides[2];  // in elements; of rows and planes, in bytes
+  uint32_t box[3];
+  bool swizzled;
+};
+
+STOKER_DEVICE void copy_box_async(void *to, const TensorMap *of, int x, int y, int z, Barrier *barrier) {
+  const TensorMap map = *of;
+  if (reinterpret_cast<uintptr_t>(to) % 128) simt::fail("a box is not aligned to 128 bytes");
+  const int bytes = int(map.box[0] * map.box[1] * map.box[2] * 2);
+  simt::begin_flight(to, bytes, barrier, [=] {
+    size_t at = simt::offset_of(to);
+    for (uint32_t k = 0; k < map.box[2]; ++k)
+      for (uint32_t j = 0; j < map.box[1]; ++j)
+        for (uint32_t i = 0; i < map.box[0]; ++i, at += 2) {
+          const int64_t column = int64_t(x) + i, row = int64_t(y) + j, plane = int64_t(z) + k;
+          // Below zero is beyond the end of numbers without a sign.
+          const bool inside =
+              uint64_t(column) < map.dims[0] && uint64_t(row) < map.dims[1] && uint64_t(plane) < map.dims[2];
+          uint16_t element = 0;
+          if (inside) memcpy(&element, map.base + column * 2 + row * map.strides[0] + plane * map.strides[1], 2);
+          memcpy(simt::block->shared + (map.swizzled ? at ^ (at >> 7 & 7) << 4 : at), &element, 2);
+        }
+  });
 }
 
 template <bool Transposed>

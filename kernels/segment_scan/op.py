@@ -52,13 +52,21 @@ def segment_pairs(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Ten
 
 
 def affine_pass(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M and B of :func:`segment_pairs`, and read [N, Hv, K]: the output of a token is what it would be for the entering
-    state zero plus ``read^T S_in``."""
-    dtype = compute_dtype(k.dtype)
+    state zero plus ``read^T S_in``. ``dtype``: of the operands and of read; that of M and B, if None."""
+    real = compute_dtype(k.dtype)
+    dtype = dtype or real
     (Hv, V), K, S = v.shape[1:], k.shape[2], cu_seqlens.shape[0] - 1
-    identity = pad(torch.eye(K, dtype=dtype, device=k.device), (V, 0)).expand(S, Hv, K, V + K)
+    identity = pad(torch.eye(K, dtype=real, device=k.device), (V, 0)).expand(S, Hv, K, V + K)
     values = pad(v.to(dtype), (0, K))
     o, final = delta_rule(q.to(dtype), k.to(dtype), values, g, beta, cu_seqlens, identity, scale)
     # Copies: a view of o would keep its other columns alive until the backward.

@@ -7,7 +7,8 @@ states that leave the pieces, and with them the operator's own backward does the
 differentiated, nothing is dropped by size, no branch looks at data.
 
 It costs the operator on K more value columns once, and keeps read [N, Hv, K] and M for the backward: worth it where
-sequences x heads do not fill the device.
+sequences x heads do not fill the device. The pairs have the accuracy of the operator: what bfloat16 operands cost there
+they cost every uncut sequence, chunk after chunk, and M, B and the fold are float32 all the same.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _in_pieces(
 ) -> tuple[Tensor, Tensor]:
     bounds, first = cut_pieces(cu_seqlens, v.shape[0], piece_tokens)
     with torch.no_grad():
-        M, B, read = affine_pass(q, k, v, g, beta, bounds, scale)
+        M, B, read = affine_pass(q, k, v, g, beta, bounds, scale, dtype=v.dtype)
         entering, _ = fold(M, B, first, initial_state)
     if initial_state is not None:
         entering = entering.index_copy(0, first[:-1].long(), initial_state.to(entering.dtype))
@@ -98,7 +99,7 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         read, M, bounds, first = ctx.saved_tensors
-        dleaving, _ = reverse_fold(M, segment_products(read, do, bounds), first, dfinal)
+        dleaving, _ = reverse_fold(M, segment_products(read.to(M.dtype), do, bounds), first, dfinal)
         return do, dleaving, None, None, None, None
 
 

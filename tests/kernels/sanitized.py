@@ -20,7 +20,7 @@ def delta_rule(op: str, device: torch.device) -> None:
     (rule,) = (rule for rule in RULES if rule.op == op)
     for heads, dims in (((1, 2), (64, 64)), ((1, 1), (128, 128))):
         inputs = rule.inputs(LENGTHS, heads, dims, BF16)
-        for name in {"cuda", "hopper"} & {known.name for known in registry.able(op, device, BF16, dims)}:
+        for name in {"cuda", "hopper", "wgmma"} & {known.name for known in registry.able(op, device, BF16, dims)}:
             judge(Runner(rule, name, device)(inputs, LENGTHS), rule.exact(inputs, LENGTHS))
 
 

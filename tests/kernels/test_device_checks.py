@@ -12,7 +12,7 @@ from tests.kernels.delta_rules import RULES
 from tests.kernels.device_checks import Runner
 
 CPU = torch.device("cpu")
-EMULATED = ("emulated", "emulated_hopper")
+EMULATED = ("emulated", "emulated_hopper", "emulated_wgmma")
 
 
 @pytest.fixture(params=RULES, ids=lambda rule: rule.op)

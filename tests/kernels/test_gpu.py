@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 DIMS = [(64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (128, 256)]
 EVERY_LENGTH = tuple(range(1, 131))
 #: Implementations that are kernels of ours.
-NATIVE = ("cuda", "hopper")
+NATIVE = ("cuda", "hopper", "wgmma")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -39,7 +39,7 @@ ROUNDS = 1000
 
 def need_kernel(op: str, shape: tuple[int, ...]) -> None:
     chosen = registry.choose(op, torch.device("cuda"), BF16, shape).name
-    if chosen not in ("cuda", "hopper"):
+    if chosen not in ("cuda", "hopper", "wgmma"):
         assert toolchain.cuda_library() is None, f"{op}: {chosen} runs where there are CUDA kernels"
         pytest.skip(f"{op} has no CUDA kernel here: {chosen} runs; {toolchain.why_not('cuda')}")
 

@@ -69,10 +69,10 @@ def test_one_that_does_not_take_a_call_gives_way_and_that_is_said(
 
 
 @pytest.mark.parametrize("op", ["gated_delta", "kda"])
-@pytest.mark.parametrize("name", ["cuda", "hopper", "compiled", "emulated", "emulated_hopper", "model"])
+@pytest.mark.parametrize("name", ["cuda", "hopper", "wgmma", "compiled", "emulated", "emulated_hopper", "model"])
 def test_compiled_delta_rules_take_only_what_they_are_compiled_for(op: str, name: str) -> None:
     (known,) = (i for i in registry.implementations(op) if i.name == name)
-    device = "cuda" if name in ("cuda", "hopper") else "cpu"
+    device = "cuda" if name in ("cuda", "hopper", "wgmma") else "cpu"
     other = "cpu" if device == "cuda" else "cuda"
     wrong = {"compiled": torch.float64, "model": torch.float32}.get(name, torch.float32)
     assert known.takes(device, torch.bfloat16, (64, 64))
@@ -137,13 +137,13 @@ def test_hopper_can_run_where_the_library_has_it_and_is_not_preferred(op: str, m
 
     torch_only = ["chunked", "reference"]
     for library, expected in (
-        (Fake("", "_hopper"), ["cuda", "hopper", *torch_only]),
+        (Fake("", "_hopper", "_wgmma"), ["cuda", "hopper", "wgmma", *torch_only]),
         (Fake(""), ["cuda", *torch_only]),
         (None, torch_only),
     ):
         monkeypatch.setattr(toolchain, "cuda_library", lambda library=library: library)
         assert able() == expected
-    assert {"emulated", "emulated_hopper"} < {i.name for i in registry.implementations(op)}
+    assert {"emulated", "emulated_hopper", "emulated_wgmma"} < {i.name for i in registry.implementations(op)}
 
 
 def test_in_full_every_implementation_that_can_run_is_checked_and_in_short_the_chosen_one() -> None:

@@ -25,7 +25,7 @@ def run(program: Path, name: str, seed: int) -> subprocess.CompletedProcess[str]
     return subprocess.run([program, name, str(seed)], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["none", "copy", "product"])
+@pytest.mark.parametrize("name", ["none", "copy", "product", "bulk"])
 def test_a_kernel_without_fault_passes(name: str, faults: Path) -> None:
     for seed in SEEDS:
         done = run(faults, name, seed)
@@ -40,14 +40,25 @@ def test_a_kernel_without_fault_passes(name: str, faults: Path) -> None:
         ("two writers", "overwrites a value"),
         ("copy without barrier", "reads a value"),
         ("product without barrier", "reads a value"),
+        ("bulk without barrier", "overwrites a value"),
+        ("bulk overwritten", "writes over a bulk copy"),
+        ("bulk without wait", "has not waited for the bulk copy"),
+        ("bulk without wait of one", "has not waited for the bulk copy"),
+        ("bulk of the other parity", "has not waited for the bulk copy"),
+        ("bulk read a phase early", "has not waited for the bulk copy"),
     ],
 )
-def test_a_missing_barrier_is_a_race_in_every_order_of_threads(name: str, said: str, faults: Path) -> None:
+def test_a_missing_barrier_or_wait_is_a_race_in_every_order_of_threads(name: str, said: str, faults: Path) -> None:
     """Whichever of two threads comes first, one of the two accesses is told."""
     outputs = [run(faults, name, seed) for seed in SEEDS]
     assert [done.returncode for done in outputs] == [1] * len(SEEDS)
     assert all("faulty, block (0, 0): thread" in done.stderr for done in outputs)
     assert any(said in done.stderr for done in outputs)
+
+
+def test_a_box_without_swizzle_is_another_layout(faults: Path) -> None:
+    """Of eight rows one lies the same."""
+    assert run(faults, "bulk without swizzle", 1).stdout == "56\n"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +87,14 @@ def test_what_is_not_there_yet_is_nan(name: str, faults: Path) -> None:
         ("product without begin", "a warpgroup's product outside warpgroup_begin and warpgroup_end"),
         ("product of another layout", "an operand is not in the 128-byte swizzle"),
         ("product left behind", "products that nobody waited for"),
+        ("bulk of more than announced", "waits for 0 threads and -16 bytes"),
+        ("bulk of less than announced", "waits for 0 threads and 16 bytes"),
+        ("bulk without arrival", "waits for 1 threads and 0 bytes"),
+        ("bulk over an unfenced write", "a bulk copy to where a write was not fenced"),
+        ("bulk for an unfenced barrier", "a bulk copy for a barrier that was not fenced"),
+        ("bulk for no barrier", "a barrier that was never made"),
+        ("bulk misaligned", "a box is not aligned to 128 bytes"),
+        ("bulk left behind", "bulk copies that nobody waited for"),
         ("barrier of a half", "32 threads wait for others that never come"),
         ("shuffle of a half", "32 threads wait for others that never come"),
     ],
@@ -139,6 +158,40 @@ def test_copies_that_are_not_valid_write_zeros(valid: int, instructions: ctypes.
     assert instructions.run_copy(pointer(values), pointer(to), valid) == 0
     assert np.array_equal(to[:32], np.where(np.arange(32)[:, None] < valid, values, 0))
     assert np.array_equal(to[32:], to[:32])
+
+
+def test_a_box_is_swizzled_by_128_bytes_and_zero_beyond_the_tensor(instructions: ctypes.CDLL) -> None:
+    """PTX ISA 9.0, "Swizzling Modes", 128 bytes: of every eight rows, part p of row r lies where part p ^ r would.
+    The tensor has 96 columns and 9 rows in each of 3 planes; whole numbers that name their place."""
+    elements = np.arange(3 * 9 * 96, dtype=np.uint16).reshape(3, 9, 96)
+    memory = np.zeros(elements.size + 8, np.uint16)
+    start = -memory.ctypes.data % 16 // 2
+    tensor = memory[start : start + elements.size]
+    tensor[:] = elements.ravel()
+    for x, y, z in [(0, 0, 0), (64, 3, 1), (32, -5, 2), (0, 1, 3), (-8, 0, -1)]:
+        expected = np.zeros((16, 64), np.uint16)
+        for r in range(16):
+            for c in range(64):
+                if 0 <= z < 3 and 0 <= y + r < 9 and 0 <= x + c < 96:
+                    expected[r, c] = elements[z, y + r, x + c]
+        to = np.zeros((16, 8, 8), np.uint16)
+        assert instructions.run_box(pointer(tensor), pointer(to), x, y, z) == 0
+        part, row = np.arange(8), np.arange(16)[:, None]
+        assert np.array_equal(to[row, part ^ row % 8].reshape(16, 64), expected), (x, y, z)
+
+
+@pytest.mark.parametrize(
+    ("changed", "to"), [("base", 8), ("stride", 24), ("stride", 1 << 40), ("columns", 0), ("rows", 257), ("wide", 128)]
+)
+def test_a_map_that_the_driver_would_refuse_is_refused(changed: str, to: int, instructions: ctypes.CDLL) -> None:
+    """CUDA driver API 13.0, cuTensorMapEncodeTiled."""
+    right = {"base": 4096, "columns": 192, "stride": 512, "rows": 64, "wide": 64}
+    assert encoded(instructions, right) == 0
+    assert encoded(instructions, right | {changed: to}) == -1000002
+
+
+def encoded(instructions: ctypes.CDLL, map_of: dict[str, int]) -> int:
+    return int(instructions.run_encode(*map(ctypes.c_uint64, map_of.values())))
 
 
 def rounded(instructions: ctypes.CDLL, bits: NDArray[np.uint32]) -> NDArray[np.uint16]:

@@ -26,6 +26,7 @@ class Arrays(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("a", "b", "x", "out", "tile")),
         ("rows", ctypes.c_int),
         ("seed", ctypes.c_int),
+        ("token", ctypes.c_int),
     )
 
 
@@ -55,12 +56,13 @@ class Executor:
 EXECUTORS = [
     Executor("block", None, np.float32, 1e-6),
     Executor("warpgroups", None, np.float32, 1e-6),
+    Executor("bulk", None, np.float32, 1e-6),
     Executor("bf16", None, np.float32, 1e-6),
     Executor("float", np.float32, np.float32, 1e-6),
     Executor("double", np.float64, np.float64, 1e-14),
 ]
 #: Those that a GPU runs.
-BLOCKS = ("block", "warpgroups")
+BLOCKS = ("block", "warpgroups", "bulk")
 executors = pytest.mark.parametrize("executor", EXECUTORS, ids=lambda executor: executor.name)
 
 
@@ -68,13 +70,22 @@ executors = pytest.mark.parametrize("executor", EXECUTORS, ids=lambda executor: 
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     of_warps = library("tiles.cpp", tmp_path_factory.mktemp("tiles"))
     of_groups = library("tiles.cpp", tmp_path_factory.mktemp("warpgroups"), "baseline", "STOKER_WARPGROUP")
-    of_warps.run_warpgroups = of_groups.run_block
+    bulk = library("tiles.cpp", tmp_path_factory.mktemp("bulk"), "baseline", "STOKER_WARPGROUP", "STOKER_TMA")
+    of_warps.run_warpgroups, of_warps.run_bulk = of_groups.run_block, bulk.run_block
     return of_warps
 
 
-def run(tiles: ctypes.CDLL, executor: Executor, operation: int, rows: int = 0, seed: int = 5, **arrays: Array) -> None:
+def run(
+    tiles: ctypes.CDLL,
+    executor: Executor,
+    operation: int,
+    rows: int = 0,
+    seed: int = 5,
+    token: int = 0,
+    **arrays: Array,
+) -> None:
     """``seed``: of the order in which the threads of a block run."""
-    params = Arrays(rows=rows, seed=seed, **{name: pointer(array) for name, array in arrays.items()})
+    params = Arrays(rows=rows, seed=seed, token=token, **{name: pointer(array) for name, array in arrays.items()})
     assert getattr(tiles, f"run_{executor.name}")(operation, ctypes.byref(params)) == 0
 
 
@@ -150,6 +161,22 @@ def test_rows_beyond_the_segment_are_zero_and_never_written(rows: int, executor:
     written = np.full((64, 136), 512.0)
     written[:rows, :128] = executor.rounded(inside * np.arange(64)[:, None])[:rows]
     assert np.array_equal(executor.numbers(tile), written)
+
+
+@executors
+@pytest.mark.parametrize(("token", "rows"), [(0, 1), (0, 63), (0, 64), (17, 64), (36, 64), (37, 63), (98, 1), (99, 1)])
+def test_a_chunk_is_the_rows_of_its_own_sequence(token: int, rows: int, executor: Executor, tiles: ctypes.CDLL) -> None:
+    """Of packed tokens: what the next sequence has behind them, and what lies beyond the tensor, is zero."""
+    packed = np.full((110, 200), np.nan)
+    packed[:100, :192] = whole((100, 192))
+    expected, other = np.zeros((64, 128)), np.zeros((64, 64))
+    expected[:rows] = packed[token : token + rows, 64:192]
+    other[:18] = packed[:18, 128:192]
+    tile = aligned((192, 64), executor.elements(packed[:1, :1]).dtype)
+    a = placed(executor.elements(np.nan_to_num(packed, nan=512.0)))
+    run(tiles, executor, 15, rows, token=token, a=a, tile=tile)
+    assert np.array_equal(executor.numbers(tile[:128]).reshape(64, 128), expected)
+    assert np.array_equal(executor.numbers(tile[128:]), other)
 
 
 @executors

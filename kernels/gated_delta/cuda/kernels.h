@@ -12,41 +12,42 @@
 namespace stoker {
 namespace STOKER_ISA {
 
+// T of one chunk.
 template <int K>
-struct PrepareShared {
-  BlockExec::Tile<kChunk, K> k;
-  BlockExec::Tile<kChunk, kChunk> solved;
-  Decays<BlockExec> decays;
-  BlockExec::Scratch<kChunk> scratch;
+struct GatedDeltaPrepare {
+  struct Shared {
+    BlockExec::Tile<kChunk, K> k;
+    BlockExec::Tile<kChunk, kChunk> solved;
+    Decays<BlockExec> decays;
+    BlockExec::Scratch<kChunk> scratch;
+  };
+  STOKER_DEVICE static void run(BlockExec &x, Shared &s, const DeltaParams &p, const Rows &rows, int head) {
+    const int qk_head = head / (p.num_v_heads / p.num_qk_heads);
+    load_rows<Tokens::k>(x, s.k, p, rows, qk_head * K);
+    s.decays.load(x, p, rows.token, head, rows.count);
+    x.wait_loads();
+    x.sync();
+    s.decays.prepare(x);
+    BlockExec::Acc<kChunk, kChunk> between;
+    s.decays.matrix(x, between);
+    solve<BlockExec, K>(x, s.solved, s.k, between, s.decays.beta, s.scratch);
+    x.store_image((bf16 *)p.solved + block_of(p, rows, head) * kChunk * kChunk, s.solved);
+  }
 };
 
 // One chunk slot (x) of one value head (y); slots that no segment uses are passed over.
 template <int K>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(DeltaParams p) {
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ DeviceParams p) {
   if (block_x() == 0 && block_y() == 0) require_bounds(p);
   Rows rows;
-  if (!rows_of_slot(p, block_x(), rows)) return;
-  auto &s = shared_memory<PrepareShared<K>>();
-  BlockExec x;
-  const int head = block_y(), qk_head = head / (p.num_v_heads / p.num_qk_heads);
-  x.load(s.k, (const bf16 *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
-  s.decays.load(x, p, rows.token, head, rows.count);
-  x.wait_loads();
-  x.sync();
-  s.decays.prepare(x);
-  BlockExec::Acc<kChunk, kChunk> between;
-  s.decays.matrix(x, between);
-  solve<BlockExec, K>(x, s.solved, s.k, between, s.decays.beta, s.scratch);
-  x.store_image((bf16 *)p.solved + block_of(p, rows, head) * kChunk * kChunk, s.solved);
+  if (rows_of_slot(p, block_x(), rows)) run_block<GatedDeltaPrepare<K>>(p, rows, block_y());
 }
 
 // One segment (x, of which there may be many) and one block of value columns of one value head (y).
 template <int K, int V>
-__global__ void __launch_bounds__(kThreads) forward_kernel(DeltaParams p) {
-  using Program = GatedDeltaForward<BlockExec, K, V, false>;
-  BlockExec x;
+__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ DeviceParams p) {
   const int blocks = p.value_dim / V;
-  Program::run(x, shared_memory<typename Program::Shared>(), p, block_x(), block_y() / blocks, block_y() % blocks * V);
+  run_block<GatedDeltaForward<BlockExec, K, V, false>>(p, block_x(), block_y() / blocks, block_y() % blocks * V);
 }
 
 // Partial gradients in the workspace: dq and dk [N, Hv * blocks, K] as bfloat16, dg and dbeta [N, Hv * blocks] as float.
@@ -68,16 +69,14 @@ STOKER_BOTH Partials partials_of(const DeltaParams &p, int blocks) {
 
 template <int K, int V>
 struct BackwardParams {
-  DeltaParams delta;
+  DeviceParams delta;
   typename GatedDeltaBackward<BlockExec, K, V>::Target to;
 };
 template <int K, int V>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ BackwardParams<K, V> p) {
-  using Program = GatedDeltaBackward<BlockExec, K, V>;
-  BlockExec x;
   const int blocks = p.delta.value_dim / V, task = block_y();
-  Program::run(x, shared_memory<typename Program::Shared>(), p.delta, block_x(), task / blocks, task % blocks * V, p.to,
-               task, task, false);
+  run_block<GatedDeltaBackward<BlockExec, K, V>>(p.delta, block_x(), task / blocks, task % blocks * V, p.to, task, task,
+                                                 false);
 }
 
 // Sums the partial gradients in the order of heads and blocks: one thread an element.
@@ -97,20 +96,18 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(DeltaParams p) {
 }
 
 template <int K>
-int prepare(const DeltaParams &p, void *stream) {
+int prepare(const DeviceParams &p, void *stream) {
   return launch("gated_delta prepare", prepare_kernel<K>, slots(p.num_tokens, p.num_segments), p.num_v_heads, kThreads,
-                shared_bytes<PrepareShared<K>>(), stream, p);
+                block_bytes<GatedDeltaPrepare<K>>(), stream, p);
 }
 template <int K, int V>
-int forward(const DeltaParams &p, void *stream) {
-  using Shared = typename GatedDeltaForward<BlockExec, K, V, false>::Shared;
+int forward(const DeviceParams &p, void *stream) {
   if (int error = prepare<K>(p, stream)) return error;
   return launch("gated_delta forward", forward_kernel<K, V>, p.num_segments, p.num_v_heads * (p.value_dim / V), kThreads,
-                shared_bytes<Shared>(), stream, p);
+                block_bytes<GatedDeltaForward<BlockExec, K, V, false>>(), stream, p);
 }
 template <int K, int V>
-int backward(const DeltaParams &p, void *stream) {
-  using Shared = typename GatedDeltaBackward<BlockExec, K, V>::Shared;
+int backward(const DeviceParams &p, void *stream) {
   const int blocks = p.value_dim / V;
   const bool direct = blocks * p.num_v_heads == p.num_qk_heads;
   const Partials at = partials_of(p, blocks);
@@ -119,15 +116,18 @@ int backward(const DeltaParams &p, void *stream) {
   BackwardParams<K, V> params = {p, {at.dq, at.dk, at.dg, at.dbeta, tasks, tasks}};
   if (direct) params.to = {(bf16 *)p.dq, (bf16 *)p.dk, (float *)p.dg, (float *)p.dbeta, tasks, tasks};
   if (int error = launch("gated_delta backward", backward_kernel<K, V>, p.num_segments, tasks, kThreads,
-                         shared_bytes<Shared>(), stream, params))
+                         block_bytes<GatedDeltaBackward<BlockExec, K, V>>(), stream, params))
     return error;
   if (direct) return 0;
   const int64_t gates = int64_t(p.num_tokens) * p.num_v_heads, gate_blocks = ceil_div(gates, int64_t(kThreads));
   const int reduce_blocks = gate_blocks > sum_heads_blocks(p) ? int(gate_blocks) : sum_heads_blocks(p);
-  return launch("gated_delta reduce", reduce_kernel, reduce_blocks, 1, kThreads, 0, stream, p);
+  return launch("gated_delta reduce", reduce_kernel, reduce_blocks, 1, kThreads, 0, stream,
+                static_cast<const DeltaParams &>(p));
 }
 
-int run(DeltaParams p, bool back, void *stream) {
+int run(const DeltaParams &called, bool back, void *stream) {
+  DeviceParams p;
+  if (int error = device_params(p, called)) return error;
   p.value_block = value_block(p, back);
   if (p.value_dim % p.value_block) return kUnsupported;
   switch (p.key_dim * 1000 + p.value_block) {

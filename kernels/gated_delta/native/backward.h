@@ -64,9 +64,9 @@ struct GatedDeltaBackward {
     auto load_inputs = [&](int chunk) {
       Inputs &in = s.stages[chunk % X::kStages].inputs;
       const Rows rows = rows_of(p, segment, chunk);
-      x.load(in.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
-      x.load(in.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
-      x.load(in.d_o, (const Element *)p.d_o + rows.token * p.d_o_stride + value_at, p.d_o_stride, rows.count);
+      load_rows<Tokens::q>(x, in.q, p, rows, qk_head * K);
+      load_rows<Tokens::k>(x, in.k, p, rows, qk_head * K);
+      load_rows<Tokens::d_o>(x, in.d_o, p, rows, value_at);
       in.decays.load(x, p, rows.token, head, rows.count);
     };
     auto load_saved = [&](int chunk) {
@@ -87,7 +87,7 @@ struct GatedDeltaBackward {
       const int64_t gate_at = rows.token * to.gate_heads + to_gate;
       Inputs &in = s.stages[chunk % X::kStages].inputs;
       Decays<X> &d = in.decays;
-      x.sync();
+      x.meet();
       x.put(s.cotangent, cotangent);
       s.sums.clear(x);
       x.wait_loads();
@@ -127,7 +127,7 @@ struct GatedDeltaBackward {
           n_q, dn_q, between);
       x.put(s.from_q, dn_q);
       x.finish(y);
-      x.sync();
+      x.meet();
       x.put(s.y, y);
       x.sync();
 
@@ -160,7 +160,7 @@ struct GatedDeltaBackward {
       x.each([&](int r, int, Real &a) { a *= -d.from_start[r]; }, by_reading);
       x.row_dots(s.sums.along_z, in.k, by_reading);
       x.each([&](int r, int, Real &a, Real b) { a = a * d.beta[r] + b; }, dk, by_reading);
-      x.sync();
+      x.meet();
 
       // And through the pairs.
       if (X::kStages > 1 && chunk) load_saved(chunk - 1);

@@ -28,7 +28,7 @@ struct Decays {
       from_start[r] = x.exp(sum);
       to_end[r] = x.exp(all - sum);
     });
-    x.sync();
+    x.meet();
   }
   STOKER_TILE typename X::Real whole() const { return from_start[kChunk - 1]; }
   // D_ri = e^(G_r - G_i) for i <= r, else 0. The exponent is cut at 0: what is thrown away cannot overflow.

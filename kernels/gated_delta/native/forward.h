@@ -46,9 +46,9 @@ struct GatedDeltaForward {
     auto load = [&](int chunk) {
       Inputs &in = s.stages[chunk % X::kStages];
       const Rows rows = rows_of(p, segment, chunk);
-      x.load(in.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
-      x.load(in.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
-      x.load(in.v, (const Element *)p.v + rows.token * p.v_stride + value_at, p.v_stride, rows.count);
+      load_rows<Tokens::q>(x, in.q, p, rows, qk_head * K);
+      load_rows<Tokens::k>(x, in.k, p, rows, qk_head * K);
+      load_rows<Tokens::v>(x, in.v, p, rows, value_at);
       if constexpr (!SolveHere)
         x.load_image(in.solved, (const Element *)p.solved + block_of(p, rows, head) * kChunk * kChunk);
       in.decays.load(x, p, rows.token, head, rows.count);
@@ -104,7 +104,7 @@ struct GatedDeltaForward {
       x.put(s.right, out);
       if (X::kStages == 1 && chunk + 1 < end) load(chunk + 1);
     }
-    x.sync();
+    x.meet();
     if (end) leave(end - 1);
     x.store_state((Real *)p.final + state_at(), all_columns, state);
   }

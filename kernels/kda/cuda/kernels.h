@@ -19,21 +19,17 @@ namespace STOKER_ISA {
 
 // One chunk slot (x) of one value head (y).
 template <int K>
-__global__ void __launch_bounds__(kThreads) kda_prepare_kernel(DeltaParams p) {
+__global__ void __launch_bounds__(kThreads) kda_prepare_kernel(const __grid_constant__ DeviceParams p) {
   if (block_x() == 0 && block_y() == 0) require_bounds(p);
   Rows rows;
-  if (!rows_of_slot(p, block_x(), rows)) return;
-  BlockExec x;
-  KdaPrepare<BlockExec, K>::run(x, shared_memory<typename KdaPrepare<BlockExec, K>::Shared>(), p, rows, block_y());
+  if (rows_of_slot(p, block_x(), rows)) run_block<KdaPrepare<BlockExec, K>>(p, rows, block_y());
 }
 
 // One segment (x, of which there may be many) and one block of value columns of one value head (y).
 template <int K, int V>
-__global__ void __launch_bounds__(kThreads) kda_forward_kernel(DeltaParams p) {
-  using Program = KdaForward<BlockExec, K, V>;
-  BlockExec x;
+__global__ void __launch_bounds__(kThreads) kda_forward_kernel(const __grid_constant__ DeviceParams p) {
   const int blocks = p.value_dim / V;
-  Program::run(x, shared_memory<typename Program::Shared>(), p, block_x(), block_y() / blocks, block_y() % blocks * V);
+  run_block<KdaForward<BlockExec, K, V>>(p, block_x(), block_y() / blocks, block_y() % blocks * V);
 }
 
 // Shares of the gradients, one for each chunk slot, value head and block of value columns; then, where value heads share
@@ -63,21 +59,18 @@ STOKER_BOTH KdaWorkspace kda_workspace(const DeltaParams &p) {
 }
 
 template <int K, int V>
-__global__ void __launch_bounds__(kThreads) kda_backward_kernel(DeltaParams p) {
-  using Program = KdaBackward<BlockExec, K, V>;
-  BlockExec x;
+__global__ void __launch_bounds__(kThreads) kda_backward_kernel(const __grid_constant__ DeviceParams p) {
   const int blocks = p.value_dim / V, segment = block_x(), head = block_y() / blocks, column = block_y() % blocks;
-  Program::run(x, shared_memory<typename Program::Shared>(), p, segment, head, column * V, [&](int chunk) {
+  run_block<KdaBackward<BlockExec, K, V>>(p, segment, head, column * V, [&](int chunk) {
     return kda_workspace(p).shares(block_of(p, rows_of(p, segment, chunk), head) * blocks + column, K);
   });
 }
 
 template <int K, int V>
-__global__ void __launch_bounds__(kThreads) kda_pairs_kernel(DeltaParams p) {
+__global__ void __launch_bounds__(kThreads) kda_pairs_kernel(const __grid_constant__ DeviceParams p) {
   using Program = KdaPairs<BlockExec, K, V>;
   Rows rows;
   if (!rows_of_slot(p, block_x(), rows)) return;
-  BlockExec x;
   const int head = block_y(), blocks = p.value_dim / V;
   auto shares = [&](int i) { return kda_workspace(p).shares(block_of(p, rows, head) * blocks + i, K); };
   auto target = [&] {
@@ -89,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) kda_pairs_kernel(DeltaParams p) {
                                     (merge ? at.head_dk : (bf16 *)p.dk) + head * K,
                                     (float *)p.dg + head * K, (float *)p.dbeta + head, stride, stride, heads, false};
   };
-  Program::run(x, shared_memory<typename Program::Shared>(), p, rows, head, blocks, shares, target);
+  run_block<Program>(p, rows, head, blocks, shares, target);
 }
 
 // dq and dk of a key head: the sum over its value heads, in order.
@@ -98,35 +91,29 @@ __global__ void __launch_bounds__(kThreads) kda_merge_kernel(DeltaParams p) {
   sum_heads((bf16 *)p.dq, at.head_dq, (bf16 *)p.dk, at.head_dk, p, p.num_v_heads / p.num_qk_heads);
 }
 
-template <int K>
-int kda_forward(const DeltaParams &p, void *stream) {
-  const int chunks = slots(p.num_tokens, p.num_segments), tasks = p.num_v_heads * (p.value_dim / p.value_block);
+template <int K, int V>
+int kda_forward(const DeviceParams &p, void *stream) {
+  const int chunks = slots(p.num_tokens, p.num_segments), tasks = p.num_v_heads * (p.value_dim / V);
   if (int error = launch("kda prepare", kda_prepare_kernel<K>, chunks, p.num_v_heads, kThreads,
-                         shared_bytes<typename KdaPrepare<BlockExec, K>::Shared>(), stream, p))
+                         block_bytes<KdaPrepare<BlockExec, K>>(), stream, p))
     return error;
-  return p.value_block == 128
-             ? launch("kda forward", kda_forward_kernel<K, 128>, p.num_segments, tasks, kThreads,
-                      shared_bytes<typename KdaForward<BlockExec, K, 128>::Shared>(), stream, p)
-             : launch("kda forward", kda_forward_kernel<K, 64>, p.num_segments, tasks, kThreads,
-                      shared_bytes<typename KdaForward<BlockExec, K, 64>::Shared>(), stream, p);
+  return launch("kda forward", kda_forward_kernel<K, V>, p.num_segments, tasks, kThreads,
+                block_bytes<KdaForward<BlockExec, K, V>>(), stream, p);
 }
 
 template <int K, int V>
-int kda_backward(const DeltaParams &p, void *stream) {
+int kda_backward(const DeviceParams &p, void *stream) {
   const int chunks = slots(p.num_tokens, p.num_segments), tasks = p.num_v_heads * (p.value_dim / V);
   if (p.workspace_bytes < kda_workspace(p).bytes) return kWorkspaceTooSmall;
   if (int error = launch("kda backward", kda_backward_kernel<K, V>, p.num_segments, tasks, kThreads,
-                         shared_bytes<typename KdaBackward<BlockExec, K, V>::Shared>(), stream, p))
+                         block_bytes<KdaBackward<BlockExec, K, V>>(), stream, p))
     return error;
   if (int error = launch("kda pairs", kda_pairs_kernel<K, V>, chunks, p.num_v_heads, kThreads,
-                         shared_bytes<typename KdaPairs<BlockExec, K, V>::Shared>(), stream, p))
+                         block_bytes<KdaPairs<BlockExec, K, V>>(), stream, p))
     return error;
   if (p.num_v_heads == p.num_qk_heads) return 0;
-  return launch("kda merge", kda_merge_kernel, sum_heads_blocks(p), 1, kThreads, 0, stream, p);
-}
-template <int K>
-int kda_backward(const DeltaParams &p, void *stream) {
-  return p.value_block == 128 ? kda_backward<K, 128>(p, stream) : kda_backward<K, 64>(p, stream);
+  return launch("kda merge", kda_merge_kernel, sum_heads_blocks(p), 1, kThreads, 0, stream,
+                static_cast<const DeltaParams &>(p));
 }
 
 inline DeltaParams with_block(DeltaParams p, bool back) {
@@ -134,10 +121,21 @@ inline DeltaParams with_block(DeltaParams p, bool back) {
   return p;
 }
 
-inline int run_kda(const DeltaParams &p, bool back, void *stream) {
-  if (p.value_dim % 64 || (p.key_dim != 64 && p.key_dim != 128)) return kUnsupported;
-  if (p.key_dim == 64) return back ? kda_backward<64>(p, stream) : kda_forward<64>(p, stream);
-  return back ? kda_backward<128>(p, stream) : kda_forward<128>(p, stream);
+inline int run_kda(const DeltaParams &called, bool back, void *stream) {
+  DeviceParams p;
+  if (int error = device_params(p, called)) return error;
+  if (p.value_dim % p.value_block) return kUnsupported;
+  switch (p.key_dim * 1000 + p.value_block) {
+#define STOKER_DIMS(K, V) \
+  case K * 1000 + V:      \
+    return back ? kda_backward<K, V>(p, stream) : kda_forward<K, V>(p, stream);
+    STOKER_DIMS(64, 64)
+    STOKER_DIMS(64, 128)
+    STOKER_DIMS(128, 64)
+    STOKER_DIMS(128, 128)
+#undef STOKER_DIMS
+  }
+  return kUnsupported;
 }
 
 }  // namespace STOKER_ISA

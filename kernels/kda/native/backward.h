@@ -52,8 +52,8 @@ struct KdaBackward {
     auto load_tokens = [&](int chunk) {
       const Rows rows = rows_of(p, segment, chunk);
       const int64_t block = block_of(p, rows, head), gate = rows.token * p.num_v_heads + head;
-      x.load(s.q, (const Element *)p.q + rows.token * p.q_stride + qk_head() * K, p.q_stride, rows.count);
-      x.load(s.k, (const Element *)p.k + rows.token * p.k_stride + qk_head() * K, p.k_stride, rows.count);
+      load_rows<Tokens::q>(x, s.q, p, rows, qk_head() * K);
+      load_rows<Tokens::k>(x, s.k, p, rows, qk_head() * K);
       x.load_image(s.errors, (const Element *)p.errors + (block * all_columns + column) * kChunk);
       x.load_image(s.state, (const Element *)p.states + (block * all_columns + column) * K);
       x.load_gates(s.gates, (const Real *)p.g + gate * K, int64_t(p.num_v_heads) * K, rows.count);
@@ -62,7 +62,7 @@ struct KdaBackward {
     auto load_pairs = [&](int chunk) {
       const Rows rows = rows_of(p, segment, chunk);
       const Element *pairs = (const Element *)p.solved + block_of(p, rows, head) * 2 * kChunk * kChunk;
-      x.load(s.d_o, (const Element *)p.d_o + rows.token * p.d_o_stride + value_at, p.d_o_stride, rows.count);
+      load_rows<Tokens::d_o>(x, s.d_o, p, rows, value_at);
       x.load_image(s.pairs.solved, pairs);
       x.load_image(s.pairs.within, pairs + kChunk * kChunk);
     };
@@ -124,7 +124,7 @@ struct KdaBackward {
       x.sync();
       x.template product<true, false>(y, s.pairs.solved, s.y);
       x.finish(y);
-      x.sync();
+      x.meet();
       x.put(s.y, y);
       x.sync();
       x.store((Element *)p.dv + rows.token * p.num_v_heads * all_columns + value_at, int64_t(p.num_v_heads) * all_columns,
@@ -183,7 +183,7 @@ struct KdaBackward {
       x.template product<!by_channel, false>(cotangent, s.write_query, s.d_o);
       x.template product<!by_channel, false>(cotangent, s.read, s.y);
       x.finish(cotangent);
-      x.sync();
+      x.meet();
       if (chunk) load_pairs(chunk - 1);
     }
     x.store_state((Real *)p.dinitial + state_at(), all_columns, cotangent);

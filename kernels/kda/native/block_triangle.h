@@ -40,9 +40,9 @@ struct BlockTriangle {
                               const typename X::template Tile<64, K> &q, const typename X::template Tile<64, K> &k,
                               const float *g, int64_t stride, int rows) {
     halves(x, q, k, g, stride, rows);
-    x.sync();
+    x.meet();
     between_halves(x);
-    x.sync();
+    x.meet();
     gather(x, n_q, n_k);
   }
 

@@ -41,8 +41,8 @@ struct KdaForward {
     // Loads of a chunk begin where the one before it has read a tile for the last time.
     auto load_tokens = [&](int chunk) {
       const Rows rows = rows_of(p, segment, chunk);
-      x.load(s.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
-      x.load(s.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
+      load_rows<Tokens::q>(x, s.q, p, rows, qk_head * K);
+      load_rows<Tokens::k>(x, s.k, p, rows, qk_head * K);
       const int64_t gate = rows.token * p.num_v_heads + head;
       x.load_gates(s.gates, (const Real *)p.g + gate * K, int64_t(p.num_v_heads) * K, rows.count);
       x.load_vector(s.beta, (const Real *)p.beta + gate, p.num_v_heads, rows.count);
@@ -50,7 +50,7 @@ struct KdaForward {
     auto load_pairs = [&](int chunk) {
       const Rows rows = rows_of(p, segment, chunk);
       const Element *pairs = (const Element *)p.solved + block_of(p, rows, head) * 2 * kChunk * kChunk;
-      x.load(s.v, (const Element *)p.v + rows.token * p.v_stride + value_at, p.v_stride, rows.count);
+      load_rows<Tokens::v>(x, s.v, p, rows, value_at);
       x.load_image(s.solved, pairs);
       x.load_image(s.within[chunk % 2], pairs + kChunk * kChunk);
     };
@@ -62,7 +62,7 @@ struct KdaForward {
       const Rows rows = rows_of(p, segment, chunk);
       const int64_t block = block_of(p, rows, head);
       x.wait_loads();
-      x.sync();
+      x.meet();
       x.put(s.state, state);
       decay(x, s, scale);
       x.sync();
@@ -89,7 +89,7 @@ struct KdaForward {
       x.template product<!by_channel, false>(state, s.write, s.errors);
       x.finish(out, state);
       x.put(s.right, out);
-      x.sync();
+      x.meet();
       x.store((Element *)p.o + rows.token * p.o_stride + value_at, p.o_stride, rows.count, s.right);
     }
     x.store_state((Real *)p.final + state_at(), all_columns, state);

@@ -43,12 +43,12 @@ struct KdaPairs {
   STOKER_TILE static void run(X &x, Shared &s, const DeltaParams &p, const Rows &rows, int head, int blocks, SharesOf shares,
                               TargetOf target) {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads), all_columns = p.value_dim;
-    const int64_t block = block_of(p, rows, head), v_stride = int64_t(p.num_v_heads) * all_columns;
+    const int64_t block = block_of(p, rows, head);
     const int64_t gate = rows.token * p.num_v_heads + head;
     const Real scale = p.scale;
-    x.sync();
-    x.load(s.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
-    x.load(s.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
+    x.meet();
+    load_rows<Tokens::q>(x, s.q, p, rows, qk_head * K);
+    load_rows<Tokens::k>(x, s.k, p, rows, qk_head * K);
     x.load_vector(s.beta, (const Real *)p.beta + gate, p.num_v_heads, rows.count);
     x.rows(kChunk, [&](int i) {
       for (auto &part : s.dbeta.part) part[i] = 0;
@@ -60,17 +60,17 @@ struct KdaPairs {
       x.zero(dn_q);
       x.zero(dn_k);
       for (int column = 0; column < all_columns; column += V) {
-        const int64_t value_at = head * all_columns + column;
+        const int value_at = head * all_columns + column;
         auto &v = s.values;
-        x.load(v.d_o, (const Element *)p.d_o + rows.token * p.d_o_stride + value_at, p.d_o_stride, rows.count);
-        x.load(v.dv, (const Element *)p.dv + rows.token * v_stride + value_at, v_stride, rows.count);
+        load_rows<Tokens::d_o>(x, v.d_o, p, rows, value_at);
+        load_rows<Tokens::dv>(x, v.dv, p, rows, value_at);
         x.load_image(v.errors, (const Element *)p.errors + (block * all_columns + column) * kChunk);
         x.wait_loads();
         x.sync();
         x.template product<false, true>(dn_q, v.d_o, v.errors);
         x.template product<false, true>(dn_k, v.dv, v.errors);
         x.finish(dn_q, dn_k);
-        x.sync();
+        x.meet();
       }
       x.each(
           [&](int r, int i, Real &a, Real &b) {
@@ -84,7 +84,7 @@ struct KdaPairs {
       x.put(s.reads_q, dn_q);
       x.put(s.reads_k, dn_k);
     }
-    x.sync();
+    x.meet();
 
     Strip dq, dk, dg;
     x.template zero_strip<K>(dq);
@@ -106,7 +106,7 @@ struct KdaPairs {
     x.template store_strip<K>(to.dq + rows.token * to.stride, to.stride, rows.count, dq);
     x.template store_strip<K>(to.dk + rows.token * to.stride, to.stride, rows.count, dk);
     x.template store_strip<K>(to.dg + rows.token * to.gate_stride, to.gate_stride, rows.count, dg);
-    x.sync();
+    x.meet();
     x.rows(rows.count, [&](int t) {
       Real sum = 0;
       for (auto &part : s.dbeta.part) sum += part[t];

@@ -33,12 +33,12 @@ struct KdaPrepare {
     const int qk_head = head / (p.num_v_heads / p.num_qk_heads);
     const int64_t gate = rows.token * p.num_v_heads + head;
     const Real scale = p.scale;
-    x.sync();
-    x.load(s.tokens.q, (const Element *)p.q + rows.token * p.q_stride + qk_head * K, p.q_stride, rows.count);
-    x.load(s.tokens.k, (const Element *)p.k + rows.token * p.k_stride + qk_head * K, p.k_stride, rows.count);
+    x.meet();
+    load_rows<Tokens::q>(x, s.tokens.q, p, rows, qk_head * K);
+    load_rows<Tokens::k>(x, s.tokens.k, p, rows, qk_head * K);
     x.load_vector(s.beta, (const Real *)p.beta + gate, p.num_v_heads, rows.count);
     x.wait_loads();
-    x.sync();
+    x.meet();
 
     typename X::template Acc<kChunk, kChunk> n_q, n_k;
     s.triangle.products(x, n_q, n_k, s.tokens.q, s.tokens.k, (const Real *)p.g + gate * K, int64_t(p.num_v_heads) * K,
@@ -49,9 +49,9 @@ struct KdaPrepare {
     Element *to = (Element *)p.solved + block_of(p, rows, head) * 2 * kChunk * kChunk;
     x.unit_lower_inverse(s.inverse.out, n_k, s.inverse.scratch);
     x.store_image(to, s.inverse.out);
-    x.sync();
+    x.meet();
     x.put(s.inverse.out, n_q);
-    x.sync();
+    x.meet();
     x.store_image(to + kChunk * kChunk, s.inverse.out);
   }
 };

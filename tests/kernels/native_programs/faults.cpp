@@ -6,6 +6,7 @@
 #include <string>
 
 #include "native/launch.h"
+#include "native/tensor_map.h"
 
 using namespace stoker;
 
@@ -16,6 +17,8 @@ constexpr int kThreads = 64;
 struct Params {
   const float *in;
   float *out;
+  const uint16_t *rows;  // [64, 64]
+  TensorMap map;         // of these
 };
 struct Shared {
   alignas(16) float x[2 * kThreads];
@@ -144,7 +147,110 @@ void operand_overwritten(Params p) {
   p.out[me()] = d[0][0];
 }
 
+// A box of 64 x 64 elements that comes by a bulk copy to where every thread wrote, in the steps that it needs.
+struct Landing {
+  alignas(1024) uint16_t box[64 * 64];
+  uint16_t beside[64];
+  Barrier landed;
+};
+struct BulkSteps {
+  bool make = true, fence = true, barrier = true, arrive = true, wait = true, wait_all = true;
+  bool unswizzled = false, overwrite = false, aligned = true;
+  int announced = 64 * 64 * 2, parity = 0;
+};
+void bulk(Params p, BulkSteps steps) {
+  auto &s = shared_memory<Landing>();
+  p.map.swizzled = !steps.unswizzled;
+  if (me() == 0 && steps.make) barrier_init(&s.landed, 1);
+  fence_async_proxy();
+  block_barrier();
+  for (int c = 0; c < 64; ++c) shared_store(s.box + me() * 64 + c, bf16(1).bits);
+  if (steps.fence) fence_async_proxy();
+  if (steps.barrier) block_barrier();
+  if (me() == 0) {
+    barrier_expect(&s.landed, steps.announced);
+    copy_box_async(s.box + (steps.aligned ? 0 : 8), &p.map, 0, 0, 64, &s.landed);
+    if (steps.arrive) barrier_arrive(&s.landed);
+  }
+  if (me() == 5 && steps.overwrite) {
+    shared_store(s.box, bf16(2).bits);
+    fence_async_proxy();
+  }
+  if (steps.wait && (steps.wait_all || me() != 7)) barrier_wait(&s.landed, steps.parity);
+  const uint16_t found = shared_load(s.box + me() * 64 + (me() % 8) * 8);
+  p.out[me()] = found == p.rows[me() * 64] ? 0 : NAN;
+  barrier_wait(&s.landed, 0);
+}
+template <class T>
+BulkSteps but(T BulkSteps::*step, T value) {
+  BulkSteps steps;
+  steps.*step = value;
+  return steps;
+}
+void bulk(Params p) { bulk(p, BulkSteps()); }
+void bulk_without_barrier(Params p) { bulk(p, but(&BulkSteps::barrier, false)); }
+void bulk_without_wait(Params p) { bulk(p, but(&BulkSteps::wait, false)); }
+void bulk_without_wait_of_one(Params p) { bulk(p, but(&BulkSteps::wait_all, false)); }
+void bulk_of_the_other_parity(Params p) { bulk(p, but(&BulkSteps::parity, 1)); }
+void bulk_overwritten(Params p) { bulk(p, but(&BulkSteps::overwrite, true)); }
+void bulk_without_swizzle(Params p) { bulk(p, but(&BulkSteps::unswizzled, true)); }
+void bulk_of_more_than_announced(Params p) { bulk(p, but(&BulkSteps::announced, 64 * 64 * 2 - 16)); }
+void bulk_of_less_than_announced(Params p) { bulk(p, but(&BulkSteps::announced, 64 * 64 * 2 + 16)); }
+void bulk_without_arrival(Params p) { bulk(p, but(&BulkSteps::arrive, false)); }
+void bulk_over_an_unfenced_write(Params p) { bulk(p, but(&BulkSteps::fence, false)); }
+void bulk_for_an_unfenced_barrier(Params p) {
+  auto &s = shared_memory<Landing>();
+  if (me() == 0) barrier_init(&s.landed, 1);
+  block_barrier();
+  if (me() == 0) copy_bulk_async(s.box, p.rows, 64, &s.landed);
+}
+void bulk_for_no_barrier(Params p) { bulk(p, but(&BulkSteps::make, false)); }
+void bulk_misaligned(Params p) { bulk(p, but(&BulkSteps::aligned, false)); }
+void bulk_left_behind(Params p) {
+  auto &s = shared_memory<Landing>();
+  if (me() == 0) {
+    barrier_init(&s.landed, 1);
+    fence_async_proxy();
+    barrier_expect(&s.landed, 64);
+    copy_bulk_async(s.box, p.rows, 64, &s.landed);
+  }
+  p.out[me()] = 0;
+}
+// Two phases, of which the second brings what a thread that counts wrongly takes for the first.
+void bulk_read_a_phase_early(Params p) {
+  auto &s = shared_memory<Landing>();
+  if (me() == 0) barrier_init(&s.landed, 1);
+  fence_async_proxy();
+  block_barrier();
+  for (int phase = 0; phase < 2; ++phase) {
+    if (me() == 0) {
+      barrier_expect(&s.landed, 128);
+      copy_bulk_async(phase ? s.beside : s.box, p.rows, 128, &s.landed);
+      barrier_arrive(&s.landed);
+    }
+    barrier_wait(&s.landed, 0);
+  }
+  p.out[me()] = shared_load(s.beside + me()) == p.rows[me()] ? 0 : NAN;
+  barrier_wait(&s.landed, 1);
+}
+
 const std::map<std::string, void (*)(Params)> kKernels = {
+    {"bulk", bulk},
+    {"bulk without barrier", bulk_without_barrier},
+    {"bulk without wait", bulk_without_wait},
+    {"bulk without wait of one", bulk_without_wait_of_one},
+    {"bulk of the other parity", bulk_of_the_other_parity},
+    {"bulk read a phase early", bulk_read_a_phase_early},
+    {"bulk overwritten", bulk_overwritten},
+    {"bulk without swizzle", bulk_without_swizzle},
+    {"bulk of more than announced", bulk_of_more_than_announced},
+    {"bulk of less than announced", bulk_of_less_than_announced},
+    {"bulk without arrival", bulk_without_arrival},
+    {"bulk over an unfenced write", bulk_over_an_unfenced_write},
+    {"bulk for an unfenced barrier", bulk_for_an_unfenced_barrier},
+    {"bulk for no barrier", bulk_for_no_barrier},
+    {"bulk misaligned", bulk_misaligned},
+    {"bulk left behind", bulk_left_behind},
     {"product", product},
     {"product without fence", product_without_fence},
     {"product without barrier", product_without_barrier},
@@ -175,13 +281,19 @@ const std::map<std::string, void (*)(Params)> kKernels = {
 
 int main(int, char **arguments) {
   alignas(16) float in[kThreads], out[kThreads];
+  alignas(16) uint16_t rows[64 * 64];
   for (int i = 0; i < kThreads; ++i) in[i] = float(i);
-  const Params params = {in, out};
+  for (int i = 0; i < 64 * 64; ++i) rows[i] = uint16_t(i * 7 + 3);
+  Params params = {in, out, rows, {}};
+  map_rows(params.map, rows, 64, 64, 64);
   const int seed = atoi(arguments[2]);
   const std::string name = arguments[1];
-  const bool multiplies = name.find("product") == 0 || name.find("operand") == 0;
-  const int code = launch("faulty", kKernels.at(name), 1, 1, kThreads, multiplies ? sizeof(Operands) : sizeof(Shared),
-                          reinterpret_cast<void *>(intptr_t(seed)), params);
+  auto begins = [&](const char *word) { return name.find(word) == 0; };
+  const size_t bytes = begins("bulk")                            ? sizeof(Landing)
+                       : begins("product") || begins("operand") ? sizeof(Operands)
+                                                                 : sizeof(Shared);
+  const int code =
+      launch("faulty", kKernels.at(name), 1, 1, kThreads, bytes, reinterpret_cast<void *>(intptr_t(seed)), params);
   int nans = 0;
   for (float x : out) nans += std::isnan(x);
   printf("%d\n", nans);

@@ -1,6 +1,7 @@
 // One warp and the instructions of native/ptx.h: lanes take their operands from, and leave their results in, plain arrays.
 #include "native/abi.h"
 #include "native/launch.h"
+#include "native/tensor_map.h"
 
 using namespace stoker;
 
@@ -69,7 +70,42 @@ void copy_kernel(Copies p) {
     for (int i = 0; i < 4; ++i) p.to[row * 4 + i] = shared_load(s.rows[row] + i);
 }
 
+// A box of [16, 64] as it lies in shared memory.
+struct Boxes {
+  TensorMap map;
+  uint16_t *to;
+  int x, y, z;
+};
+struct Box {
+  alignas(1024) uint16_t elements[16 * 64];
+  Barrier landed;
+};
+void box_kernel(Boxes p) {
+  auto &s = shared_memory<Box>();
+  if (thread_index() == 0) {
+    barrier_init(&s.landed, 1);
+    fence_async_proxy();
+    barrier_expect(&s.landed, sizeof s.elements);
+    copy_box_async(s.elements, &p.map, p.x, p.y, p.z, &s.landed);
+    barrier_arrive(&s.landed);
+  }
+  block_barrier();
+  barrier_wait(&s.landed, 0);
+  for (int i = thread_index(); i < 16 * 64; i += 32) p.to[i] = shared_load(s.elements + i);
+}
+
 }  // namespace
+
+STOKER_EXPORT int run_box(const uint16_t *tensor, uint16_t *to, int x, int y, int z) {
+  Boxes p = {{}, to, x, y, z};
+  if (int error = encode_map(p.map, tensor, {96, 9, 3}, {96 * 2, 9 * 96 * 2}, {64, 16, 1})) return error;
+  return launch("box", box_kernel, 1, 1, 32, sizeof(Box), (void *)3, p);
+}
+STOKER_EXPORT int run_encode(uint64_t base, uint64_t columns, uint64_t stride, uint64_t rows, uint64_t wide) {
+  TensorMap map;
+  return encode_map(map, reinterpret_cast<const void *>(base), {columns, 64, 100}, {stride, stride},
+                    {uint32_t(wide), uint32_t(rows), 1});
+}
 
 STOKER_EXPORT int run_multiply(const uint32_t *a, const uint32_t *b, float *d) {
   return launch("multiply", multiply_kernel, 1, 1, 32, 0, (void *)3, Fragments{a, b, d});

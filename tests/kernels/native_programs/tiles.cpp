@@ -4,6 +4,7 @@
 #include "kda/native/levels.h"
 #include "native/abi.h"
 #include "native/block_exec.h"
+#include "native/delta_device.h"
 #include "native/host_entry.h"
 #include "native/host_exec.h"
 #include "native/launch.h"
@@ -19,6 +20,7 @@ struct Arrays {
   void *out, *tile;   // results in reals and in elements
   int rows;
   int seed;  // of the order in which the emulated block's threads run
+  int token;
 };
 
 // out [R, C] += op(a) op(b); the product alone, rounded, to the tile.
@@ -94,6 +96,32 @@ struct Ragged {
     x.scale_rows(s.tile, [](int r) { return Real(r); });
     x.sync();
     x.store((typename X::Element *)p.tile, 136, p.rows, s.tile);
+  }
+};
+
+// Packed tokens a [100, 200], of which 192 columns are a tensor's: tile [64, 128] = `rows` rows from `token` and column 64
+// on, and behind it another chunk's.
+constexpr int kMappedTokens = 100, kMappedStride = 200, kMappedColumns = 192;
+template <class X>
+struct Mapped {
+  using Executor = X;
+  struct Shared {
+    typename X::template Tile<64, 128> tile;
+    typename X::template Tile<64, 64> other;
+  };
+  static void run(X &x, Shared &s, const Arrays &p) {
+    using Element = typename X::Element;
+    DeltaParams delta = {};
+    delta.q = p.a;
+    delta.q_stride = kMappedStride;
+    for (int again = 0; again < 3; ++again) {
+      load_rows<Tokens::q>(x, s.tile, delta, Rows{p.token, p.rows, 0}, 64);
+      if (again < 2) load_rows<Tokens::q>(x, s.other, delta, Rows{0, 17 * again + 1, 0}, 128);
+      x.wait_loads();
+      x.sync();
+    }
+    x.store((Element *)p.tile, 128, 64, s.tile);
+    x.store((Element *)p.tile + 64 * 128, 64, 64, s.other);
   }
 };
 
@@ -243,16 +271,25 @@ struct Halves {
   }
 };
 
+struct BlockArrays : Arrays {
+#if defined(STOKER_TMA)
+  TensorMap maps[1] = {};
+#endif
+  explicit BlockArrays(const Arrays &p) : Arrays(p) {
+#if defined(STOKER_TMA)
+    map_rows(maps[0], p.a, kMappedStride, kMappedColumns, kMappedTokens);
+#endif
+  }
+};
 template <class Program>
-void kernel(Arrays p) {
-  typename Program::Executor x;
-  Program::run(x, shared_memory<typename Program::Shared>(), p);
+void kernel(BlockArrays p) {
+  run_block<Program>(p);
 }
 template <class Program>
 int launched(const Arrays &p) {
   if constexpr (std::is_same_v<typename Program::Executor, BlockExec>) {
     void *stream = (void *)uintptr_t(p.seed);
-    return launch("tiles", kernel<Program>, 1, 1, kThreads, sizeof(typename Program::Shared), stream, p);
+    return launch("tiles", kernel<Program>, 1, 1, kThreads, block_bytes<Program>(), stream, BlockArrays(p));
   } else {
     Scratchpad<typename Program::Shared> shared;
     memset(&*shared, 0xff, sizeof(typename Program::Shared));
@@ -287,6 +324,7 @@ int run(int operation, const Arrays &p) {
     case 10: return launched<Inverse<X>>(p);
     case 11: return launched<ChannelSums<X, 64>>(p);
     case 12: return launched<ChannelSums<X, 128>>(p);
+    case 15: return launched<Mapped<X>>(p);
   }
   if constexpr (!std::is_same_v<X, BlockExec>) {
     if (operation == 13) return launched<Halves<X, 64>>(p);
