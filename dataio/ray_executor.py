@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import IO, Any
 
-from dataio.stages import Counts
+from dataio.stages import T
 from stoker.errors import Refusal
 
 MARK = ".ray"
@@ -83,7 +83,7 @@ class RayCluster:
             self._ray.shutdown()
         self._joined = False
 
-    def results(self, calls: Sequence[Callable[[], Counts]]) -> Iterator[tuple[int, Counts, float]]:
+    def results(self, calls: Sequence[Callable[[], T]]) -> Iterator[tuple[int, T, float]]:
         """As `dataio.stages.Executor`. Refuses a cluster without a node for the tasks, a node that does not share the
         workspace or the software, and a workspace in which another run's tasks do not end."""
         ray, token, workspace = self._ray, uuid.uuid4().hex, self.workspace.absolute()
@@ -119,11 +119,11 @@ class RayCluster:
         cores = self._ray.cluster_resources().get("CPU", 0.0)
         return QUEUED * max(1, int(cores / self.task_cpus) if self.task_cpus else int(cores))
 
-    def _outcome(self, reference: Any) -> tuple[Counts, float]:
+    def _outcome(self, reference: Any) -> tuple[Any, float]:
         errors = self._ray.exceptions
         try:
-            counts, seconds = self._ray.get(reference)
-            return counts, seconds
+            made, seconds = self._ray.get(reference)
+            return made, seconds
         except errors.RayTaskError as error:
             if isinstance(error.cause, Refusal):
                 raise error.cause from None
@@ -180,9 +180,9 @@ def _lock(file: IO[str], task: int | None = None) -> bool:
 
 
 def _attempt(
-    call: Callable[[], Counts], task: int, workspace: Path, token: str, expected: dict[str, str]
-) -> tuple[Counts, float]:
-    """On a node: one try of a task, the only one at its time. Counts and seconds."""
+    call: Callable[[], T], task: int, workspace: Path, token: str, expected: dict[str, str]
+) -> tuple[T, float]:
+    """On a node: one try of a task, the only one at its time. What it returns, and seconds."""
     node, found = platform.node(), software()
     different = [f"{name} {found[name]} for {version}" for name, version in expected.items() if found[name] != version]
     if different:
@@ -204,8 +204,8 @@ def _attempt(
                 "the folder is not the one that this run writes to"
             )
         start = time.perf_counter()
-        counts = call()
-        return counts, round(time.perf_counter() - start, 4)
+        made = call()
+        return made, round(time.perf_counter() - start, 4)
 
 
 @cache

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from dataio.dedup.decontaminate import Options as DecontaminateOptions
 from dataio.dedup.substring import Options as SubstringOptions
@@ -22,6 +22,7 @@ from dataio.filters.language import Options as LanguageOptions
 from dataio.filters.licence import Options as LicenceOptions
 from dataio.filters.prose import Options as ProseOptions
 from dataio.filters.redact import Options as RedactOptions
+from dataio.header import check_header
 from dataio.ingest.options import Source
 from stoker import canonical, formats
 from stoker.errors import Refusal
@@ -39,7 +40,8 @@ class ExactSection(Section):
 
 class NearSection(Section):
     mode: Literal["drop", "weigh"] = "drop"
-    """drop: of a cluster one document stays; weigh: all stay, each with the weight 1 / size of the cluster."""
+    """drop: of a cluster one document stays; weigh: all stay, each with the weight 1 / size of the cluster as found,
+    whatever becomes of its other members."""
 
 
 class StagesSection(Section):
@@ -79,6 +81,16 @@ class TokenizerSection(Section):
 class OrderSection(Section):
     header: str | None = None
     """What stands before a file of code, with {repository}, {path} and {language}; null: nothing."""
+
+    @field_validator("header")
+    @classmethod
+    def _simple(cls, header: str | None) -> str | None:
+        if header is not None:
+            try:
+                check_header(header)
+            except Refusal as refusal:
+                raise ValueError(str(refusal)) from None
+        return header
 
 
 class StoreSection(Section):
@@ -123,9 +135,14 @@ class Recipe(Section):
             raise ValueError(f"sources: {', '.join(twice)} is the name of two; give each its own")
         return self
 
+    def folder(self, base: Path) -> Path:
+        """Of everything that is made; `base`: the folder that the recipe's paths are relative to."""
+        return (base / Path(self.output).expanduser()).resolve()
+
     def sha256(self) -> str:
         """Hash of everything that decides the result."""
-        return canonical.sha256(self.model_dump(mode="json", exclude={"resources", "output", "preset"}))
+        elsewhere: Any = {"resources": True, "output": True, "preset": True, "sources": {"__all__": {"max_malformed"}}}
+        return canonical.sha256(self.model_dump(mode="json", exclude=elsewhere))
 
     def to_yaml(self) -> str:
         """As resolved, with every default written out."""

@@ -23,13 +23,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import xxhash
 
 from stoker import canonical, formats
 from stoker.errors import Refusal
-from stoker.files import append_line, write_atomic
+from stoker.files import append_line, sync_directory, write_atomic
 from stoker.progress import progress
 from stoker.version import VERSION
 
@@ -77,10 +77,13 @@ class Manifest:
     stoker: str  # the release that did it
 
 
-class Executor(Protocol):
-    """Runs calls somewhere and yields (index, counts, seconds) as they end. The first error ends it."""
+T = TypeVar("T")
 
-    def results(self, calls: Sequence[Callable[[], Counts]]) -> Iterator[tuple[int, Counts, float]]: ...
+
+class Executor(Protocol):
+    """Runs calls somewhere and yields (index, what it returned, seconds) as they end. The first error ends it."""
+
+    def results(self, calls: Sequence[Callable[[], T]]) -> Iterator[tuple[int, T, float]]: ...
 
 
 class Workspace:
@@ -104,7 +107,10 @@ class Workspace:
             raise Refusal(f"{path}: cannot be read ({error}); remove it and the task is done again") from None
         formats.require(content, FORMAT, 1, path)
         content.pop("format")
-        return Manifest(**content)
+        try:
+            return Manifest(**content)
+        except TypeError as error:
+            raise Refusal(f"{path}: not what was written ({error}); remove it and the task is done again") from None
 
     def run(self, stage: Stage, executor: Executor) -> dict[str, Manifest]:
         """Do what is not done yet; the manifests of all tasks, by name, in the stage's order.
@@ -120,19 +126,38 @@ class Workspace:
         written += [self.folder / name for task in todo for name in task.outputs]
         for folder in {path.parent for path in written}:
             _remove_torn(folder)
+        self._forget(stage.name, todo)
         with progress(stage.name, len(todo)) as advance:
-            calls = [_Call(stage.name, task.name, task.run) for task in todo]
-            for index, counts, seconds in executor.results(calls):
+            calls = [_Call(stage.name, task.name, task.run, self.folder, tuple(task.outputs)) for task in todo]
+            for index, made, seconds in executor.results(calls):
                 task = todo[index]
-                done[task.name] = self._finish(stage, task, keys[task.name], counts)
-                line = canonical.dumps({"stage": stage.name, "task": task.name, "seconds": seconds, **_bytes(counts)})
-                append_line(self.folder / "timings.jsonl", line)
+                done[task.name] = self._finish(stage, task, keys[task.name], made)
+                line = {"stage": stage.name, "task": task.name, "seconds": seconds, **_bytes(made.counts)}
+                append_line(self.folder / "timings.jsonl", canonical.dumps(line))
                 advance(1)
+        self._forget_others(stage)
         return {name: manifest for name in names if (manifest := done[name]) is not None}
 
     def missing(self, stage: Stage) -> list[str]:
         """Tasks that `run` would do."""
         return [task.name for task in stage.tasks if self._finished(stage, task, _key(stage, task)) is None]
+
+    def _forget_others(self, stage: Stage) -> None:
+        """Tasks of the stage that there are no more."""
+        known = {self._manifest_path(stage.name, task.name) for task in stage.tasks}
+        for path in (self.folder / "manifests" / stage.name).rglob("*.json"):
+            if path not in known:
+                path.unlink()
+
+    def _forget(self, stage: str, tasks: Sequence[Task]) -> None:
+        """A task that is done again is not done from here on: a manifest that outlived its outputs, and was believed
+        once an option came back, would name the wrong ones."""
+        paths = [self._manifest_path(stage, task.name) for task in tasks]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in paths}:
+            if folder.is_dir():
+                sync_directory(folder)
 
     def _finished(self, stage: Stage, task: Task, key: str) -> Manifest | None:
         manifest = self.manifest(stage.name, task.name)
@@ -141,20 +166,16 @@ class Workspace:
         whole = all(_size(self.folder / name) == size for name, size in manifest.sizes.items())
         return manifest if whole else None
 
-    def _finish(self, stage: Stage, task: Task, key: str, counts: Counts) -> Manifest:
-        paths = {name: self.folder / name for name in task.outputs}
-        absent = [name for name, path in paths.items() if not path.is_file()]
-        if absent:
-            raise Refusal(f"{stage.name}, {task.name}: ended without writing {', '.join(absent)}")
+    def _finish(self, stage: Stage, task: Task, key: str, made: Made) -> Manifest:
         manifest = Manifest(
             stage=stage.name,
             task=task.name,
             key=key,
             inputs=dict(task.inputs),
             options=dict(stage.options),
-            outputs={name: content_hash(path) for name, path in paths.items()},
-            sizes={name: path.stat().st_size for name, path in paths.items()},
-            counts=dict(sorted(counts.items())),
+            outputs=made.outputs,
+            sizes=made.sizes,
+            counts=dict(sorted(made.counts.items())),
             version=stage.version,
             stoker=VERSION,
         )
@@ -206,19 +227,36 @@ def _bytes(counts: Counts) -> Counts:
 
 
 @dataclass(frozen=True)
+class Made:
+    """What a task counted, and the hash and size of each output."""
+
+    counts: Counts
+    outputs: dict[str, str]
+    sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
 class _Call:
-    """A task's function with errors that name the task."""
+    """A task's function with errors that name the task; it hashes the outputs where they were written."""
 
     stage: str
     task: str
     run: Callable[[], Counts]
+    folder: Path
+    outputs: tuple[str, ...]
 
-    def __call__(self) -> Counts:
+    def __call__(self) -> Made:
         with room_for(f"{self.stage}, {self.task}"):
             try:
-                return self.run()
+                counts = self.run()
             except Refusal as refusal:
                 raise Refusal(f"{self.stage}, {self.task}: {refusal}") from None
+        paths = {name: self.folder / name for name in self.outputs}
+        absent = [name for name, path in paths.items() if not path.is_file()]
+        if absent:
+            raise Refusal(f"{self.stage}, {self.task}: ended without writing {', '.join(absent)}")
+        hashes = {name: content_hash(path) for name, path in paths.items()}
+        return Made(counts, hashes, {name: path.stat().st_size for name, path in paths.items()})
 
 
 @contextmanager
@@ -227,7 +265,9 @@ def room_for(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        # numpy tells of a short write in words, without a number.
+        short = error.errno is None and "requested and" in str(error)
+        if not short and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise Refusal(
             f"{what}: no space left for {error.filename or 'its output'}; what is finished is kept: make room and run "
@@ -256,7 +296,7 @@ class LocalPool:
         self._stays = False
         self._close()
 
-    def results(self, calls: Sequence[Callable[[], Counts]]) -> Iterator[tuple[int, Counts, float]]:
+    def results(self, calls: Sequence[Callable[[], T]]) -> Iterator[tuple[int, T, float]]:
         if self.workers <= 1 or len(calls) <= 1:
             for index, call in enumerate(calls):
                 yield (index, *_timed(call))
@@ -266,7 +306,7 @@ class LocalPool:
             self._pool = ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=(os.getpid(),))
         ended = False
         try:
-            indices: dict[Future[tuple[Counts, float]], int] = {
+            indices: dict[Future[tuple[T, float]], int] = {
                 self._pool.submit(_timed, call): index for index, call in enumerate(calls)
             }
             for future in as_completed(indices):
@@ -287,10 +327,10 @@ class LocalPool:
             self._pool = None
 
 
-def _timed(call: Callable[[], Counts]) -> tuple[Counts, float]:
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
     start = time.perf_counter()
-    counts = call()
-    return counts, round(time.perf_counter() - start, 4)
+    made = call()
+    return made, round(time.perf_counter() - start, 4)
 
 
 def _begin(parent: int) -> None:

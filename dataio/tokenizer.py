@@ -16,7 +16,9 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import logging
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,12 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dataio.probes import probes
 from dataio.types import TokenizerId
 from stoker.errors import Refusal
 from stoker.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 #: What ends a document in the vocabularies of others, and is looked for in this order.
@@ -69,12 +74,17 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Open a tokenizer.json (`tokenizers` library). Refuses one that is missing, damaged or without end-of-text."""
-        path = Path(path)
         try:
-            content = path.read_bytes()
-            inner = tokenizers.Tokenizer.from_buffer(content)
+            return cls._of(Path(path).read_bytes(), path)
         except FileNotFoundError:
             raise Refusal(f"{path}: there is no tokenizer here; run `make data` or give the path of one") from None
+        except OSError as error:
+            raise Refusal(f"{path}: cannot be read ({error}); give the path of a tokenizer.json") from None
+
+    @classmethod
+    def _of(cls, content: bytes, path: str | os.PathLike[str]) -> Tokenizer:
+        try:
+            inner = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
             raise Refusal(f"{path}: not a tokenizer.json that can be read ({error})") from None
         vocabulary = inner.get_vocab()
@@ -100,6 +110,36 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
         """Text of tokens; end-of-text shows as its name, bytes that are not UTF-8 as U+FFFD."""
         return self.inner.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def special_names(self) -> list[str]:
+        """Of the tokens that are in the vocabulary whatever the texts were: end-of-text, roles, tools."""
+        return [token.content for token in self.inner.get_added_tokens_decoder().values()]
+
+    def require_lossless(self, path: str | os.PathLike[str]) -> bool:
+        """Refuse a tokenizer, that of the file `path`, whose tokens do not give texts back: tried on ``probes``.
+
+        Whether they come back byte for byte; False: in Unicode's normal form C, as with Qwen's. It is let pass, for it
+        is by definition another spelling of the same characters, and what such models were trained on.
+        """
+        same = True
+        for text in probes(self.special_names()):
+            try:
+                back = self.decode(self.encode(text))
+            except Exception as error:  # the library raises nothing narrower
+                raise Refusal(f"{path}: does not encode {text[:24]!r} ({error}); {_LOSSLESS}") from None
+            if back == text:
+                continue
+            if back != unicodedata.normalize("NFC", text):
+                at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+                lost, instead = (some[max(0, at - 4) : at + 12] for some in (text, back))
+                raise Refusal(f"{path}: loses what a text holds: {lost!r} comes back as {instead!r}; {_LOSSLESS}")
+            same = False
+        return same
+
+
+_LOSSLESS = (
+    "give a tokenizer that any text comes back from, such as a byte-level BPE without a normalizer, or train one"
+)
 
 
 def token_dtype(identity: TokenizerId) -> type[np.uint16] | type[np.uint32]:
@@ -141,6 +181,8 @@ def adopt(
 ) -> Tokenizer:
     """Write someone else's tokenizer to `path` as tokenizer.json and load it: a copy, or made of a tiktoken file.
 
+    Refuses, and writes nothing, where ``Tokenizer.load`` does or texts would lose something.
+
     A tiktoken file (``.tiktoken``, ``tiktoken.model``) is lines of a token in base64 and its rank. What it does not
     hold is given here: the `pattern` that splits texts, unless its name is in `TIKTOKEN_PATTERNS`, and the ids of
     special tokens, where end-of-text is not simply the next id.
@@ -160,6 +202,12 @@ def adopt(
                 f"(known by name: {', '.join(TIKTOKEN_PATTERNS)})"
             )
         content = _of_ranks(_ranks(source, content), pattern, special_tokens or {}).to_str(pretty=True).encode()
+    if not Tokenizer._of(content, source).require_lossless(source):
+        logger.warning(
+            "%s: changes texts to Unicode's normal form C before it encodes them; where accents were written on their "
+            "own, tokens give back other bytes than the documents have",
+            source,
+        )
     write_atomic(path, content)
     return Tokenizer.load(path)
 

@@ -100,7 +100,7 @@ def prepare(
         _show_estimate(found, workers)
         return
     estimate.require(found)
-    folder = base / recipe.output
+    folder = recipe.folder(base)
     if ray is None:
         with LocalPool(workers) as pool:
             prepare(recipe, base, pool)

@@ -131,7 +131,9 @@ def scan(documents: Path, alive: Path, index: Path, matches: Path, frequencies: 
 
 def total(frequencies: Sequence[Path], out: Path) -> Counts:
     """Write in how many documents of all files each n-gram of the index stands."""
-    sums = np.sum([np.load(path) for path in frequencies], axis=0)
+    sums = np.load(frequencies[0])
+    for path in frequencies[1:]:
+        sums += np.load(path)
     save(out, sums)
     return {"ngrams": len(sums), "found": int((sums > 0).sum())}
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from dataio.dedup.arrays import key_range, save
+from dataio.dedup.arrays import key_range, origins, save
 from dataio.documents import ParquetFile, read_groups
 from dataio.stages import Counts
 
@@ -48,13 +48,10 @@ def digest(documents: Path, out: Path) -> Counts:
         texts = group["text"].to_pylist()
         size += sum(len(text) for text in texts)
         digests = b"".join(xxhash.xxh3_128_digest(normalised(text).encode()) for text in texts)
-        origins = (
-            f"{s}\0{p}\0{r}" for s, p, r in zip(*(group[name].to_pylist() for name in ("source", "path", "row")))
-        )
         columns = np.empty((len(texts), 4), np.uint64)
         columns[:, :2] = np.frombuffer(digests, ">u8").reshape(-1, 2)
         columns[:, 2] = group["timestamp"].cast(pa.int64()).fill_null(_LAST).to_numpy().astype(np.uint64)
-        columns[:, 3] = [xxhash.xxh3_64_intdigest(origin.encode()) for origin in origins]
+        columns[:, 3] = origins(group)
         rows.append(columns)
     found = np.concatenate(rows)
     save(out, found)

@@ -25,12 +25,11 @@ from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from numpy.typing import DTypeLike, NDArray
 from pydantic import Field
 
 from dataio.dedup import windows
-from dataio.dedup.arrays import key_range, save
+from dataio.dedup.arrays import key_range, origins, save
 from dataio.dedup.texts import alive_texts
 from dataio.documents import ParquetFile, read_groups
 from dataio.languages import is_code
@@ -127,8 +126,7 @@ def _ranks(group: pa.Table) -> NDArray[np.uint64]:
     times = group["timestamp"].cast(pa.int64()).fill_null(np.iinfo(np.int64).max).to_numpy()
     ranks[:, 0] = times.astype(np.uint64) ^ np.uint64(1 << 63)  # before 1970 is negative
     ranks[:, 1] = np.frombuffer(b"".join(group["id"].to_pylist()), ">u8")[::2]
-    origins = zip(*(group[name].to_pylist() for name in ("source", "path", "row")))
-    ranks[:, 2] = [xxhash.xxh3_64_intdigest(f"{source}\0{path}\0{row}".encode()) for source, path, row in origins]
+    ranks[:, 2] = origins(group)
     return ranks
 
 

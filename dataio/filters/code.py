@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from dataio.filters.code_marks import generated, head_and_tail, lock_file, minified, vendored
 from dataio.filters.code_values import code_values, comment_style
 from dataio.filters.rules import Values, judge_bounds, utf8, write_attributes
 from dataio.stages import Counts
+from stoker.sections import Section
 
 VERSION = 1
 
@@ -33,7 +34,7 @@ _FEW_LETTERS = frozenset({"assembly", "webassembly", "llvm"})
 _MINIFIED_LANGUAGES, _MINIFIED_LINE = frozenset({"javascript", "css"}), 110
 
 
-class Options(BaseModel, extra="forbid", frozen=True):
+class Options(Section):
     """Thresholds and marks; None or False switches a rule off. Shares are of 1, characters include white space."""
 
     drop_lock_file: bool = Field(True, description="lists of resolved dependencies, by name")

@@ -11,25 +11,27 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from dataio.filters.rules import Values, write_attributes
 from dataio.stages import Counts
 from stoker.errors import Refusal
+from stoker.sections import Section
 
 VERSION = 1
 
 
-class Options(BaseModel, extra="forbid", frozen=True):
+class Options(Section):
     """What is looked at, and which languages stay."""
 
     sample_characters: int = Field(
         1000, ge=100, description="characters that are looked at; 1000: about 6,000 documents a second on one core"
     )
-    allowed: tuple[str, ...] | None = Field(
+    allowed: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         None, description="languages that stay, as the model names them ('en'); None: all"
     )
     min_score: float | None = Field(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, field_validator
+from pydantic import Field, field_validator
 
 from dataio.documents import ParquetFile, read_groups
 from dataio.filters.rules import utf8
@@ -16,6 +16,7 @@ from dataio.licences import PERMISSIVE, normalise, permissive, stated
 from dataio.licences.expressions import names
 from dataio.licences.headers import HEAD_CHARACTERS
 from dataio.stages import Counts
+from stoker.sections import Section
 
 VERSION = 1
 SCHEMA = pa.schema([pa.field("licence_header", pa.string())])  # SPDX expression of the first lines; null: none stated
@@ -25,12 +26,12 @@ MEASURED: frozenset[str] = frozenset()
 _HEAD_BYTES = 4 * HEAD_CHARACTERS
 
 
-class Options(BaseModel, extra="forbid", frozen=True):
+class Options(Section):
     """The policy. Changing it measures nothing again."""
 
-    allowed: tuple[str, ...] | None = None
+    allowed: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """SPDX identifiers of licences that may be used, with or without exceptions; None: `licences.PERMISSIVE`."""
-    denied: tuple[str, ...] = ()
+    denied: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Of those allowed, identifiers that may not be used all the same."""
     unknown_code: Literal["drop", "keep"] = "drop"
     """Code of which no licence is known: it is nobody's to use."""

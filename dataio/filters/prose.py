@@ -15,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from dataio.filters.prose_values import STOP_WORDS, prose_values
 from dataio.filters.rules import Values, judge_bounds, utf8, write_attributes
 from dataio.languages import PROSE
 from dataio.stages import Counts
+from stoker.sections import Section
 
 VERSION = 1
 
 
-class Options(BaseModel, extra="forbid", frozen=True):
+class Options(Section):
     """Thresholds, None switches a rule off. Shares are of 1."""
 
     short_line_columns: int = Field(30, gt=0, description="columns of the longest short line (FineWeb: characters)")

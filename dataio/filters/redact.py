@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 
 from dataio.documents import ParquetFile, read_groups
 from dataio.filters.redact_checks import Span, check
@@ -22,6 +23,7 @@ from dataio.filters.redact_forms import FORMS
 from dataio.filters.redact_scan import candidates
 from dataio.filters.rules import utf8
 from dataio.stages import Counts
+from stoker.sections import Section
 
 VERSION = 1
 #: From the surest to the least sure: of two that overlap the surer one holds.
@@ -42,10 +44,12 @@ COLUMNS: tuple[str, ...] = ()
 MEASURED = frozenset(["kinds"])
 
 
-class Options(BaseModel, extra="forbid", frozen=True):
+class Options(Section):
     """What is taken out, and of how much a document is dropped."""
 
-    kinds: tuple[str, ...] = Field(KINDS, description="kinds that are found and replaced, of `KINDS`")
+    kinds: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        KINDS, description="kinds that are found and replaced, of `KINDS`"
+    )
     max_per_kb: float | None = Field(
         5.0,
         gt=0,

@@ -18,7 +18,7 @@ from pathlib import Path
 from dataio.ingest import streams, tree
 from dataio.ingest.records import Malformed, Outcome, Skipped
 from dataio.ingest.repositories import MAX_TELLING_BYTES, Repositories, Rule
-from dataio.ingest.streams import Damaged, Hashed, expanded
+from dataio.ingest.streams import Damaged, Hashed, compression, expanded
 from dataio.licences import is_licence_file, is_package_metadata
 
 #: Bytes of a long name or of extended attributes in a tar file: Linux bounds names at 4 KiB.
@@ -26,6 +26,8 @@ _MAX_EXTENSION = 1 << 20
 #: Bytes of licences, package metadata and lists of files that are held while an archive is read.
 _MAX_TELLING = 64 << 20
 _BLOCK = 512
+#: First bytes of a zip file with members (APPNOTE.TXT, 4.3.7), and of one that was cut in parts (8.5.4).
+_ZIP_HEADS = (b"PK\x03\x04", b"PK\x07\x08")
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
@@ -121,15 +123,26 @@ def _shown(name: str) -> bytes:
 @contextmanager
 def _members(path: Path) -> Iterator[Iterator[Member]]:
     with open(path, "rb", buffering=0) as file:
-        if zipfile.is_zipfile(file):
-            file.seek(0)
+        is_zip = _is_zip(file)
+        file.seek(0)
+        if is_zip:
             yield _of_zip(file, path.stat().st_size)
         else:
-            file.seek(0)
             yield _of_tar(expanded(Hashed(file, str(path))))
 
 
+def _is_zip(file: io.FileIO) -> bool:
+    """By its first bytes, then by its last: a program may stand before a zip file, but one that ends a tar file is its
+    last member."""
+    head = file.read(_BLOCK)
+    if head.startswith(_ZIP_HEADS):
+        return True
+    return head[257:262] != b"ustar" and compression(head) is None and zipfile.is_zipfile(file)
+
+
 def _of_zip(file: io.FileIO, size: int) -> Iterator[Member]:
+    if not zipfile.is_zipfile(file):
+        raise Damaged("truncated", "zip: ends without its list of members")
     try:
         archive = zipfile.ZipFile(file)
     except _ZIP_ERRORS as error:

@@ -7,17 +7,20 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dataio import languages, licences
 from dataio.ingest.records import Record
+from stoker.sections import Section
 
 #: Characters of a path, language, licence or repository: more is not one.
 _MAX_WORD = 8192
 #: Characters of metadata that are kept with a document.
 _MAX_METADATA = 65_536
+#: A list in YAML, and hashable.
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
 _ABSENT = object()
 _ENCODE = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, default=str).encode
 _NUMBER = re.compile(r"-?\d{1,19}(\.\d+)?")
@@ -31,11 +34,9 @@ class Bad(Exception):
         self.why = why
 
 
-class Fields(BaseModel):
+class Fields(Section):
     """Names of the keys or columns; ``meta.url`` is the key "url" of the object "meta". One that a record has not, or
     with the value null, is unknown. What no field names is kept as the document's metadata."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str = Field(
         default="text", description="the text; a record without this key is malformed, one with null is empty"
@@ -50,7 +51,7 @@ class Fields(BaseModel):
     timestamp: str | None = Field(
         default="timestamp", description="ISO 8601, or seconds (or milli-, microseconds) since 1970"
     )
-    metadata: Literal["all"] | tuple[str, ...] = Field(default="all", description="top-level keys to keep as metadata")
+    metadata: Literal["all"] | Strings = Field(default="all", description="top-level keys to keep as metadata")
 
     def names(self) -> frozenset[str]:
         """Top-level keys that are read apart from metadata."""

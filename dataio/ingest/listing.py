@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -49,10 +50,33 @@ def roots(path: str, base: Path) -> Iterator[Root]:
     """The roots that a path of a source stands for: one, or those that match its pattern, sorted. Links are followed
     where they are named, not where they are met; a pattern's wild cards do not match a leading dot. Refuses a path or
     pattern that names nothing."""
-    found = list(_remote(path) if is_remote(path) and not path.startswith("file://") else _local(path, base))
+    found = list(_remote(path) if _is_far(path) else _local(path, base))
     if not found:
         raise Refusal(f"{path}: there is no such file or folder; paths are relative to {base}")
     yield from found
+
+
+def reaches(path: str, base: Path, folder: Path) -> bool:
+    """Whether `folder`, which need not be there yet, lies in what a path of a source names, or holds some of it: with
+    ``in/*/x.md`` any folder in ``in`` may."""
+    if _is_far(path):
+        return False
+    pattern = _absolute(path, base)
+    names = _named(pattern)
+    wanted = Path(os.path.realpath(folder))
+    if any(wanted.is_relative_to(os.path.realpath(name)) for name in names if os.path.isdir(name)):
+        return True
+    if pattern in names:  # not a pattern
+        return False
+    top = Path(os.path.realpath(_literal(pattern)))
+    if not wanted.is_relative_to(top):
+        return False
+    for wild, part in zip(Path(pattern).relative_to(_literal(pattern)).parts, wanted.relative_to(top).parts):
+        if wild == "**":
+            return True
+        if not fnmatch.fnmatchcase(part, wild):
+            return False
+    return True
 
 
 def matches(patterns: tuple[str, ...], path: str) -> bool:
@@ -88,13 +112,9 @@ def _class(part: str) -> str | None:
 
 
 def _local(path: str, base: Path) -> Iterator[Root]:
-    pattern = os.path.abspath(base / Path(path.removeprefix("file://")).expanduser())
-    if os.path.lexists(pattern) or not glob.has_magic(pattern):
-        names = [pattern] if os.path.exists(pattern) else []
-    else:
-        names = sorted(glob.glob(pattern, recursive=True))
+    pattern = _absolute(path, base)
     top = _literal(pattern)
-    for name in names:
+    for name in _named(pattern):
         if os.path.isdir(name):
             root = Root(name, [])
             _walk(root, name)
@@ -102,6 +122,21 @@ def _local(path: str, base: Path) -> Iterator[Root]:
         elif os.path.isfile(name):
             folder = os.path.dirname(name) if top == name else top
             yield Root(folder, [_entry(name, os.path.relpath(name, folder), os.stat(name))])
+
+
+def _is_far(path: str) -> bool:
+    return is_remote(path) and not path.startswith("file://")
+
+
+def _absolute(path: str, base: Path) -> str:
+    return os.path.abspath(base / Path(path.removeprefix("file://")).expanduser())
+
+
+def _named(pattern: str) -> list[str]:
+    """The files and folders that a path or pattern stands for. A file of that very name is meant before a pattern."""
+    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+        return [pattern] if os.path.exists(pattern) else []
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 def _walk(root: Root, top: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from dataio import languages
 from dataio.ingest import listing, tree
-from dataio.ingest.fields import Fields
+from dataio.ingest.fields import Fields, Strings
 from dataio.ingest.repositories import Rule
+from stoker.sections import Section
 
 Format = Literal["auto", "jsonl", "parquet", "warc", "text", "code", "git", "archive"]
 Kind = Literal["jsonl", "parquet", "warc", "file", "archive"]
@@ -32,10 +33,8 @@ _ENDINGS: dict[str, Kind] = {
 }
 
 
-class Source(BaseModel):
+class Source(Section):
     """One corpus. A file that no format or pattern takes is left out; links are not followed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="names folders and what is drawn from")
     format: Format = Field(
@@ -43,14 +42,12 @@ class Source(BaseModel):
         description="auto: by each file's name. text: files of prose. code: files of prose and of code. git: the same, "
         "of those that a checkout tracks. The others: every file is one of records, or an archive of files",
     )
-    paths: tuple[str, ...] = Field(min_length=1, description="folders, files, patterns (**) and URLs, in this order")
+    paths: Strings = Field(min_length=1, description="folders, files, patterns (**) and URLs, in this order")
     fields: Fields = Field(default=Fields(), description="keys of JSON lines and columns of Parquet files")
     language: str | None = Field(default=None, description="of documents that state none, and whose name tells none")
     licence: str | None = Field(default=None, description="SPDX expression for documents that state none")
-    include: tuple[str, ...] = Field(
-        default=(), description="patterns of paths to take, in place of what the format takes"
-    )
-    exclude: tuple[str, ...] = Field(default=(), description="patterns of paths to leave out; in archives too")
+    include: Strings = Field(default=(), description="patterns of paths to take, in place of what the format takes")
+    exclude: Strings = Field(default=(), description="patterns of paths to leave out; in archives too")
     repository: Rule | None = Field(
         default=None,
         description="what a repository is; null: git for git, root for archives, nearest for code, else none",
@@ -67,8 +64,10 @@ class Source(BaseModel):
 
     @field_validator("paths")
     @classmethod
-    def _without_password(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+    def _named_and_without_password(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
         for path in paths:
+            if not path.strip():
+                raise ValueError('an empty path names nothing; write "." for the folder that paths start from')
             if "://" in path and "@" in path.split("://")[1].split("/")[0]:
                 raise ValueError("a URL may hold no user or password, which would be written beside the documents")
         return paths

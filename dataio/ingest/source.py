@@ -33,7 +33,7 @@ from stoker.files import write_atomic
 _log = logging.getLogger(__name__)
 
 #: Changes when the same files would give other documents.
-VERSION = 1
+VERSION = 2
 #: Files of one unit at most: its manifest names each of them.
 _UNIT_FILES = 10_000
 
@@ -53,15 +53,17 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task reads: a large file, or a run of small ones."""
+    """What one task reads: a large file, or a run of small ones, numbered one after another."""
 
     number: int
     files: tuple[InputFile, ...]
 
     def inputs(self) -> dict[str, str]:
-        """{what decides the documents: its stamp}: files, what was found out about their repositories, and what reads
-        pages."""
+        """{what decides the documents: its stamp}: files, their numbers and paths, what was found out about their
+        repositories, and what reads pages."""
         found = {file.url: file.stamp for file in self.files}
+        found["first_file"] = str(self.files[0].number)
+        found["paths"] = canonical.sha256([printable(file.path) for file in self.files])
         repositories = {file.repository for file in self.files if file.repository}
         if repositories:
             found["repositories"] = canonical.sha256(sorted(canonical.dumps(asdict(each)) for each in repositories))
@@ -88,6 +90,12 @@ def units(source: Source, base: Path) -> list[Unit]:
                 "and no path before it named; correct them, or remove the path"
             )
     return [Unit(number, tuple(run)) for number, run in enumerate(_runs(files, source.unit_bytes))]
+
+
+def contains(source: Source, base: Path, folder: Path) -> bool:
+    """Whether files in `folder`, which need not be there yet, may be read as the source's own, whatever its format and
+    `exclude` leave out. Local paths only."""
+    return any(listing.reaches(path, base, folder) for path in source.paths)
 
 
 def _wanted(source: Source, root: listing.Root) -> Iterator[InputFile]:

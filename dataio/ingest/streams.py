@@ -6,8 +6,10 @@ import io
 import lzma
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +25,10 @@ MAX_RATIO = 250
 FREE_BYTES = 64 << 20
 #: Decompressed at a time. Of a damaged stream the last one is lost, so it is not larger.
 _BLOCK = 16 << 10
-#: First bytes of a compressed file (RFC 1952, RFC 8878, bzip2, xz).
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+#: First bytes of a compressed file (RFC 1952, RFC 8878, bzip2, xz). pzstd begins with a skippable frame.
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"} | {
+    bytes([first]) + b"\x2a\x4d\x18": "zstd" for first in range(0x50, 0x60)
+}
 #: Memory of an xz decompressor: its largest preset, -9, needs 65 MiB (xz(1)).
 _XZ_MEMORY = 128 << 20
 _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https")
@@ -130,36 +134,60 @@ def local(url: str, folder: Path) -> Iterator[Path]:
             yield Path(url)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fetched.") as copy:
+        # A name of what killed writers leave, which the next run removes.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fetched.", suffix=".partial") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
             copy.flush()
             yield Path(copy.name)
 
 
-class _Xz:
-    """Reads an xz file, also one of several streams, with a bound on its dictionary, which `lzma.LZMAFile` has not."""
+class _Inflate:
+    """`zlib.decompressobj` as `lzma.LZMADecompressor` is asked."""
 
-    def __init__(self, raw: Hashed) -> None:
-        self._raw, self._decompressor = raw, self._start()
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail or data, size)
+
+
+class _Members:
+    """Reads a file of one compressed member after another, each perhaps with zeros behind it, as xz pads files and
+    gzip(1) accepts them. For xz with a bound on its dictionary, which `lzma.LZMAFile` has not."""
+
+    def __init__(self, raw: Hashed, start: Callable[[], Any]) -> None:
+        self._raw, self._start, self._decompressor = raw, start, start()
 
     def read(self, size: int) -> bytes:
         while True:
+            data = b""
             if self._decompressor.eof:
-                data = self._decompressor.unused_data or self._raw.read(_BLOCK)
-                if not data.strip(b"\0"):
+                if not (data := self._next_member()):
                     return b""
                 self._decompressor = self._start()
-            elif self._decompressor.needs_input:
-                if not (data := self._raw.read(_BLOCK)):
-                    raise EOFError("truncated")
-            else:
-                data = b""
+            elif self._decompressor.needs_input and not (data := self._raw.read(_BLOCK)):
+                raise EOFError("truncated")
             if found := self._decompressor.decompress(data, size):
                 return found
 
-    @staticmethod
-    def _start() -> lzma.LZMADecompressor:
-        return lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+    def _next_member(self) -> bytes:
+        """The first bytes of it; none at the end of the file."""
+        data = self._decompressor.unused_data or self._raw.read(_BLOCK)
+        while data and not data.strip(b"\0"):
+            data = self._raw.read(_BLOCK)
+        return data.lstrip(b"\0")
 
 
 class _Expanded(io.RawIOBase):
@@ -174,7 +202,7 @@ class _Expanded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._inner.read(min(len(buffer), _BLOCK))
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
             why = "truncated" if "runcated" in str(error) else "compression"
@@ -186,13 +214,23 @@ class _Expanded(io.RawIOBase):
         return len(data)
 
 
+def compression(head: bytes) -> str | None:
+    """What a file of these first bytes is compressed with."""
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+
+
 def expanded(raw: Hashed) -> io.BufferedReader:
     """The contents of a file, decompressed if its first bytes say that it is compressed, whatever its name."""
-    head = raw.peek(6)
-    name = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+    name = compression(raw.peek(6))
     if name is None:
         return io.BufferedReader(raw, 1 << 20)
-    inner = _Xz(raw) if name == "xz" else pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), name)
+    inner: Any
+    if name == "gzip":
+        inner = _Members(raw, _Inflate)
+    elif name == "xz":
+        inner = _Members(raw, partial(lzma.LZMADecompressor, memlimit=_XZ_MEMORY))
+    else:
+        inner = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), name)
     return io.BufferedReader(_Expanded(raw, inner, name), 1 << 20)
 
 

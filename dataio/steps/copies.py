@@ -25,17 +25,18 @@ def exact(work: Work) -> None:
     jobs = [work.over(unit, exact_copies.digest, to) for unit, to in zip(work.units, digests)]
     work.line.stage("exact-digest", 1, {}, jobs)
     alive, parts = work.alive(), work.parts(work.num_documents, exact_copies.BYTES_PER_DOCUMENT)
-    read = {"digests": work.line.together(digests), "alive": work.line.together(alive)}
+    read, paths = {"digests": digests, "alive": alive}, (work.all_at(digests), work.all_at(alive))
     gathered, jobs = [f"work/exact/gathered/{part:05d}.npy" for part in range(parts)], []
     for part, to in enumerate(gathered):
-        run = partial(exact_copies.gather, work.all_at(digests), work.all_at(alive), part, parts, work.at(to))
+        run = partial(exact_copies.gather, *paths, part, parts, work.at(to))
         jobs.append(Job(f"{part:05d}", run, (), [to], read))
-    work.line.stage("exact-gather", 1, {}, jobs)
-    work.decide("exact", partial(exact_copies.decide, gathered=work.all_at(gathered)), gathered)
+    work.line.stage("exact-gather", 1, {"parts": parts}, jobs)
+    work.decide("exact", partial(exact_copies.decide, gathered=work.all_at(gathered)), gathered, {})
 
 
 def near(work: Work) -> None:
-    if work.recipe.stages.near is None:
+    options = work.recipe.stages.near
+    if options is None:
         return
     folders = [unit.work("near") for unit in work.units]
     jobs = []
@@ -44,20 +45,22 @@ def near(work: Work) -> None:
         jobs.append(Job(unit.name, run, [unit.documents], [f"{folder}/{name}" for name in near_copies.FILES]))
     work.line.stage("near-sketch", 1, {}, jobs)
     alive, parts = work.alive(), work.parts(work.num_documents, near_copies.BYTES_PER_DOCUMENT)
-    sketches = work.line.together(path for job in jobs for path in job.writes)
-    read, pairs, jobs = {"sketches": sketches, "alive": work.line.together(alive)}, [], []
+    sketches = [path for job in jobs for path in job.writes]
+    read, paths = {"sketches": sketches, "alive": alive}, (work.all_at(folders), work.all_at(alive))
+    pairs, jobs = [], []
     for band in range(NUM_BANDS):
         for part in range(parts):
             to = f"work/near/pairs/{band:02d}-{part:05d}.npy"
-            run = partial(near_copies.band, work.all_at(folders), work.all_at(alive), band, part, parts, work.at(to))
+            run = partial(near_copies.band, *paths, band, part, parts, work.at(to), work.recipe.resources.memory_bytes)
             jobs.append(Job(f"{band:02d}-{part:05d}", run, (), [to], read))
             pairs.append(to)
-    work.line.stage("near-band", 1, {}, jobs)
+    work.line.stage("near-band", 1, {"parts": parts}, jobs)
     clusters = "work/near/clusters.npy"
     run = partial(near_copies.cluster, work.all_at(pairs), work.all_at(folders), work.at(clusters))
-    read = {"pairs": work.line.together(pairs), "sketches": sketches}
-    work.line.stage("near-cluster", 1, {}, [Job("all", run, (), [clusters], read)])
-    work.decide("near", partial(near_copies.decide, clusters=work.at(clusters)), [clusters])
+    job = Job("all", run, (), [clusters], {"pairs": pairs, "sketches": sketches})
+    work.line.stage("near-cluster", 1, {}, [job])
+    drop = options.mode == "drop"
+    work.decide("near", partial(near_copies.decide, clusters=work.at(clusters), drop=drop), [clusters], {"drop": drop})
 
 
 def substring(work: Work) -> None:
@@ -71,19 +74,17 @@ def substring(work: Work) -> None:
         jobs.append(Job(unit.name, run, [unit.documents, alive], [f"{folder}/{name}" for name in passages.FILES]))
     found = work.line.stage("substring-anchors", passages.VERSION, measured, jobs)
     parts = work.parts(sum(manifest.counts["anchors"] for manifest in found), passages.BYTES_PER_ANCHOR)
-    read = {"anchors": work.line.together(path for job in jobs for path in job.writes)}
+    read, paths = {"anchors": [path for job in jobs for path in job.writes]}, work.all_at(folders)
     matched, jobs = [f"work/substring/matched/{part:05d}.npy" for part in range(parts)], []
     memory = work.recipe.resources.memory_bytes
     for part, to in enumerate(matched):
-        run = partial(passages.match, work.all_at(folders), part, parts, work.at(to), options, memory)
+        run = partial(passages.match, paths, part, parts, work.at(to), options, memory)
         jobs.append(Job(f"{part:05d}", run, (), [to], read))
-    work.line.stage("substring-match", passages.VERSION, measured, jobs)
-    read, first, jobs = read | {"matched": work.line.together(matched)}, 0, []
+    work.line.stage("substring-match", passages.VERSION, {**measured, "parts": parts}, jobs)
+    read, spans, first, jobs = read | {"matched": matched}, work.all_at(matched), 0, []
     for unit, folder, manifest in zip(work.units, folders, found):
         to = unit.attributes("substring")
-        run = partial(
-            passages.decide, work.at(unit.documents), work.at(folder), first, work.all_at(matched), work.at(to)
-        )
+        run = partial(passages.decide, work.at(unit.documents), work.at(folder), first, spans, work.at(to))
         jobs.append(Job(unit.name, run, [unit.documents], [to], read))
         first += manifest.counts["bytes_in"]
     work.line.stage("substring", passages.VERSION, measured, jobs)
@@ -98,7 +99,7 @@ def decontaminate(work: Work) -> None:
     folder, frequency = "work/decontaminate/index", "work/decontaminate/frequency.npy"
     index = [f"{folder}/{name}" for name in ngrams.FILES]
     run = partial(items.index, options, work.base, work.at(folder))
-    job = Job("index", run, (), index, evaluation.files(options.sets, work.base))
+    job = Job("index", run, (), index, inputs=evaluation.files(options.sets, work.base))
     work.line.stage("decontaminate-index", items.VERSION, measured, [job])
     made, jobs = [], []
     for unit, alive in zip(work.units, work.alive()):
@@ -109,7 +110,7 @@ def decontaminate(work: Work) -> None:
     work.line.stage("decontaminate-scan", items.VERSION, measured, jobs)
     counted = [path for _, path in made]
     run = partial(items.total, work.all_at(counted), work.at(frequency))
-    job = Job("all", run, (), [frequency], {"frequencies": work.line.together(counted)})
+    job = Job("all", run, (), [frequency], {"frequencies": counted})
     work.line.stage("decontaminate-total", items.VERSION, measured, [job])
     jobs = []
     for unit, (matches, _) in zip(work.units, made):
@@ -128,6 +129,5 @@ def decontaminate(work: Work) -> None:
         work.at(REPORT),
         options,
     )
-    read = {"documents": work.line.together(texts), "found": work.line.together(decided)}
-    job = Job("report", run, [*index, frequency], [REPORT], read)
+    job = Job("report", run, [*index, frequency], [REPORT], {"documents": texts, "found": decided})
     work.line.stage("decontaminate-report", items.VERSION, options_of(options), [job])

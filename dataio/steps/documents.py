@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,12 @@ from pydantic import BaseModel
 from dataio import funnel, selection
 from dataio.dedup import decontaminate, substring
 from dataio.filters import code, language, licence, prose, redact
+from dataio.funnel import Funnel
 from dataio.ingest import source as sources
 from dataio.ingest.options import Source
 from dataio.pipeline import Job, Unit
 from dataio.recipe import options_of
-from dataio.selection import Verdict
+from dataio.selection import KEPT, Verdict
 from dataio.stages import Counts, total
 from dataio.steps.work import Work
 from stoker import canonical
@@ -34,12 +36,14 @@ def ingest(work: Work) -> None:
     """documents/, quarantine/ and inputs/. Refuses a source of which too much is malformed."""
     jobs = []
     for source in work.recipe.sources:
-        described, names = canonical.sha256(options_of(source)), work.input_files.setdefault(source.name, [])
+        # Where the files lie is in the unit's inputs; how many may be malformed is judged after reading.
+        described = canonical.sha256(source.model_dump(mode="json", exclude={"paths", "max_malformed"}))
+        names = work.input_files.setdefault(source.name, [])
         for raw in sources.units(source, work.base):
             unit = Unit(source.name, raw.number)
             writes = [unit.documents, f"quarantine/{unit.name}.jsonl", f"inputs/{unit.name}.json"]
             run = partial(sources.ingest, source, raw, *work.all_at(writes))
-            jobs.append(Job(unit.name, run, (), writes, {"source": described, **raw.inputs()}))
+            jobs.append(Job(unit.name, run, (), writes, inputs={"source": described, **raw.inputs()}))
             work.units.append(unit)
             names += [file.url for file in raw.files]
     manifests = work.line.stage("ingest", sources.VERSION, {}, jobs)
@@ -48,6 +52,22 @@ def ingest(work: Work) -> None:
     for manifest in manifests:
         work.firsts.append(work.num_documents)
         work.num_documents += manifest.counts["documents"]
+    _forget_others(work)
+
+
+def _forget_others(work: Work) -> None:
+    """Remove what an earlier recipe or earlier inputs left beside the documents: whoever reads all files of a folder,
+    or joins them, is to find what this recipe makes."""
+    known = {unit.name for unit in work.units}
+    asked = {name for name, options in work.recipe.stages if options is not None} | {"filter", "select"}
+    for path in sorted(work.at("attributes").glob("*")):
+        if path.name not in asked:
+            shutil.rmtree(path)
+    for pattern in ("documents", "inputs", "quarantine", "attributes/*", "work/alive/*", "work/*/units"):
+        for folder in sorted(work.line.folder.glob(pattern)):
+            for path in sorted(folder.glob("*/*")):
+                if f"{path.parent.name}/{path.name.partition('.')[0]}" not in known:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _refuse_malformed(work: Work, source: Source, counts: Counts) -> None:
@@ -102,15 +122,20 @@ def choose(work: Work) -> None:
         jobs.append(Job(unit.name, run, [unit.documents, *(unit.attributes(name) for name in names)], [to]))
     options = {verdict.stage: options_of(getattr(stages, verdict.stage)) for verdict in verdicts}
     work.line.stage("select", 1, options, jobs)
-    report(work)
+    counted = report(work)
+    left = {source for source in counted.sources if counted.total(source, KEPT).documents}
+    work.keep_stores(left)
+    if not left:
+        raise Refusal(f"{work.line.folder}: nothing is left of any source; `stoker data stats` shows what dropped it")
 
 
-def report(work: Work) -> None:
+def report(work: Work) -> Funnel:
     """funnel.json and report.html, of what was done so far."""
     done = work.line.stages
     changed = [*done.get("encode", ()), *done.get("substring-match", ())]
     counted = funnel.count(done["ingest"], done["select"], changed)
     funnel.write(counted, work.line.folder, work.line.folder.name)
+    return counted
 
 
 def _verdict(stage: str, module: Any, options: BaseModel) -> Verdict:

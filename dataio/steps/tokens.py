@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from dataio import tokenizer as bpe
 from dataio.pipeline import Job, Unit
 from dataio.stages import Counts, content_hash, total
 from dataio.steps.work import Work
+from dataio.store import Store
+from stoker import canonical
 from stoker.errors import Refusal
 
 TOKENIZER = "tokenizer.json"
@@ -21,16 +24,12 @@ def tokenizer(work: Work) -> None:
     """tokenizer.json: one that is given, or trained on a sample of what is kept."""
     options = work.recipe.tokenizer
     if options.path is not None:
-        path = work.base / options.path
+        path = work.base / Path(options.path).expanduser()
         if not path.is_file():
             raise Refusal(f"{path}: there is no tokenizer here; correct tokenizer.path, or leave it out to train one")
         run = partial(_adopt, path, work.at(TOKENIZER), options.pattern)
-        work.line.stage(
-            "tokenizer",
-            1,
-            {"pattern": options.pattern},
-            [Job("adopt", run, (), [TOKENIZER], {str(path): content_hash(path)})],
-        )
+        job = Job("all", run, (), [TOKENIZER], inputs={"given": content_hash(path)})
+        work.line.stage("tokenizer", 1, {"pattern": options.pattern}, [job])
         return
     kept = sum(n for key, n in total(work.line.stages["select"]).items() if key.startswith(f"bytes/{selection.KEPT}/"))
     share = min(1.0, options.sample_bytes / max(1, kept))
@@ -40,7 +39,7 @@ def tokenizer(work: Work) -> None:
         jobs.append(Job(unit.name, run, _read(work, unit), [sample]))
     work.line.stage("tokenizer-sample", encode.VERSION, {"share": share, **_how(work)}, jobs)
     run = partial(encode.train, work.all_at(samples), options.vocab_size, work.at(TOKENIZER))
-    job = Job("train", run, samples, [TOKENIZER])
+    job = Job("all", run, samples, [TOKENIZER])
     work.line.stage("tokenizer", encode.VERSION, {"vocab_size": options.vocab_size}, [job])
 
 
@@ -85,18 +84,18 @@ def order(work: Work) -> None:
     jobs = []
     for source, units in work.by_source():
         files = [unit.work("imports", ".parquet") for unit in units]
+        paths = work.all_at(files)
         parts = work.parts(sum(kept[unit.name] for unit in units), code_order.BYTES_PER_DOCUMENT)
         ranges[source] = [f"work/order/{source}/{part:05d}.npy" for part in range(parts)]
-        read = {"imports": work.line.together(files)}
         for part, to in enumerate(ranges[source]):
-            run = partial(code_order.arrange, work.all_at(files), part, parts, work.at(to))
-            jobs.append(Job(f"{source}/{part:05d}", run, (), [to], read))
+            run = partial(code_order.arrange, paths, part, parts, work.at(to))
+            jobs.append(Job(f"{source}/{part:05d}", run, (), [to], {"imports": files}, {"parts": str(parts)}))
     work.line.stage("order-arrange", code_order.VERSION, {}, jobs)
     jobs = []
     for source, files in ranges.items():
         to = _order_of(source)
         run = partial(code_order.join, work.all_at(files), work.at(to))
-        jobs.append(Job(source, run, (), [to], {"ranges": work.line.together(files)}))
+        jobs.append(Job(source, run, (), [to], {"ranges": files}))
     work.line.stage("order", code_order.VERSION, {}, jobs)
 
 
@@ -114,60 +113,103 @@ def tokens(work: Work) -> None:
     work.line.stage("encode", encode.VERSION, _how(work), jobs)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What the store of a source is made of. Paths relative to the workspace."""
+
+    source: str
+    units: Sequence[Unit]
+
+    @property
+    def folders(self) -> list[str]:
+        return [unit.work("encode") for unit in self.units]
+
+    @property
+    def reads(self) -> list[str]:
+        return [_order_of(self.source), *(f"{folder}/{name}" for folder in self.folders for name in encode.FILES)]
+
+    @property
+    def plan(self) -> str:
+        return f"work/store/{self.source}/plan"
+
+    @property
+    def shards(self) -> str:
+        return f"work/store/{self.source}/shards"
+
+
 def stores(work: Work) -> None:
     """stores/<source>: the tokens of a source in their final order. A source of which nothing is left has none."""
+    left = {manifest.task: manifest.counts["tokens"] for manifest in work.line.stages["encode"]}
+    made = [_Made(source, units) for source, units in work.by_source() if sum(left[u.name] for u in units) >= 2]
+    work.keep_stores({of.source for of in made})
+    if not made:
+        raise Refusal(f"{work.line.folder}: nothing is left of any source; `stoker data stats` shows what dropped it")
     form = assemble.Form(bpe.Tokenizer.load(work.at(TOKENIZER)).id, work.recipe.store.profile)
     options = {"profile": form.profile, "chunk_tokens": form.chunk_tokens}
-    left = {manifest.task: manifest.counts["tokens"] for manifest in work.line.stages["encode"]}
-    by_source = {source: units for source, units in work.by_source() if sum(left[unit.name] for unit in units) >= 2}
-    if not by_source:
-        raise Refusal(f"{work.line.folder}: nothing is left of any source; `stoker data stats` shows what dropped it")
-
-    def encoded(units: Sequence[Unit]) -> list[str]:
-        return [unit.work("encode") for unit in units]
-
-    jobs, reads = [], {}
-    for source, units in by_source.items():
-        plan, at = f"work/store/{source}/plan", _order_of(source)
-        reads[source] = [at, *(f"{folder}/{name}" for folder in encoded(units) for name in encode.FILES)]
-        run = partial(assemble.plan_shards, work.at(at), work.all_at(encoded(units)), work.at(plan))
-        read = {"encoded": work.line.together(reads[source])}
-        jobs.append(Job(source, run, (), assemble.plan_outputs(plan), read))
-    work.line.stage("store-plan", assemble.VERSION, {}, jobs)
-    jobs, shards = [], {}
-    for source, units in by_source.items():
-        planned, folder = work.at(f"work/store/{source}/plan"), f"work/store/{source}/shards"
-        shards[source] = [
-            assemble.shard_outputs(folder, number) for number in range(assemble.num_shards(planned, form))
-        ]
-        read = {"encoded": work.line.together(reads[source])}
-        for number, writes in enumerate(shards[source]):
-            run = partial(assemble.write_shard, planned, work.all_at(encoded(units)), form, number, work.at(folder))
-            jobs.append(Job(f"{source}/{number:05d}", run, (), writes, read))
-    work.line.stage("store-shard", assemble.VERSION, options, jobs)
+    folders = {of.source: work.all_at(of.folders) for of in made}
+    reads = {of.source: of.reads for of in made}
+    _plan(work, made, folders, reads)
+    shards = _write_shards(work, made, folders, reads, form, options)
     jobs = []
-    for source, units in by_source.items():
-        chosen = [unit.attributes("select") for unit in units]
-        inputs = {
-            "documents": work.line.together(unit.documents for unit in units),
-            "select": work.line.together(chosen),
-            "encoded": work.line.together(reads[source]),
-        }
+    for of in made:
+        chosen, texts = [unit.attributes("select") for unit in of.units], [unit.documents for unit in of.units]
+        recipe, names = work.recipe.sha256(), work.input_files[of.source]
         run = partial(
             assemble.commit,
-            work.at(f"work/store/{source}/plan"),
-            work.at(f"work/store/{source}/shards"),
-            work.all_at(encoded(units)),
-            work.all_at(unit.documents for unit in units),
+            work.at(of.plan),
+            work.at(of.shards),
+            folders[of.source],
+            work.all_at(texts),
             work.all_at(chosen),
             form,
-            source,
-            work.at(f"stores/{source}"),
-            recipe=work.recipe.sha256(),
-            inputs=inputs,
-            input_files=work.input_files[source],
+            of.source,
+            work.at(f"stores/{of.source}"),
+            recipe=recipe,
+            inputs={"documents": work.line.together(texts), "select": work.line.together(chosen)},
+            input_files=names,
         )
-        read = {"shards": work.line.together(path for writes in shards[source] for path in writes), **inputs}
-        read["recipe"] = work.recipe.sha256()
-        jobs.append(Job(source, run, (), [f"stores/{source}/manifest.json"], read))
+        read = {"shards": shards[of.source], "encoded": reads[of.source], "documents": texts, "select": chosen}
+        said = {"recipe": recipe, "input_files": canonical.sha256(names)}
+        jobs.append(Job(of.source, run, (), [f"stores/{of.source}/manifest.json"], read, said))
+        _forget_damaged(work, of.source)
     work.line.stage("store", assemble.VERSION, options, jobs)
+
+
+def _plan(work: Work, made: Sequence[_Made], folders: Mapping[str, list[Path]], reads: Mapping[str, list[str]]) -> None:
+    jobs = []
+    for of in made:
+        run = partial(assemble.plan_shards, work.at(_order_of(of.source)), folders[of.source], work.at(of.plan))
+        jobs.append(Job(of.source, run, (), assemble.plan_outputs(of.plan), {"encoded": reads[of.source]}))
+    work.line.stage("store-plan", assemble.VERSION, {}, jobs)
+
+
+def _write_shards(
+    work: Work,
+    made: Sequence[_Made],
+    folders: Mapping[str, list[Path]],
+    reads: Mapping[str, list[str]],
+    form: assemble.Form,
+    options: Mapping[str, Any],
+) -> dict[str, list[str]]:
+    """Files of every source."""
+    jobs: list[Job] = []
+    shards: dict[str, list[str]] = {}
+    for of in made:
+        plan, encoded = work.at(of.plan), folders[of.source]
+        read = {"encoded": reads[of.source], "plan": assemble.plan_outputs(of.plan)}
+        shards[of.source] = []
+        for number in range(assemble.num_shards(plan, form)):
+            writes = assemble.shard_outputs(of.shards, number)
+            run = partial(assemble.write_shard, plan, encoded, form, number, work.at(of.shards))
+            jobs.append(Job(f"{of.source}/{number:05d}", run, (), writes, read))
+            shards[of.source] += writes
+    work.line.stage("store-shard", assemble.VERSION, options, jobs)
+    return shards
+
+
+def _forget_damaged(work: Work, source: str) -> None:
+    """A store that does not open any more is made again."""
+    try:
+        Store.open(work.at(f"stores/{source}"))
+    except Refusal:
+        work.at(f"manifests/store/{source}.json").unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -50,14 +51,24 @@ class Work:
         """A job that reads a document file and writes one file."""
         return Job(unit.name, partial(function, self.at(unit.documents), self.at(to), *more), [unit.documents], [to])
 
-    def decide(self, stage: str, function: Callable[..., Counts], found: Sequence[str]) -> None:
+    def keep_stores(self, sources: Collection[str]) -> None:
+        """Remove the token stores of all other sources: a recipe that leaves nothing of a source leaves no store."""
+        for path in sorted(self.at("stores").glob("*")):
+            if path.name not in sources:
+                shutil.rmtree(path)
+                self.at(f"manifests/store/{path.name}.json").unlink(missing_ok=True)
+
+    def decide(
+        self, stage: str, function: Callable[..., Counts], found: Sequence[str], options: Mapping[str, Any]
+    ) -> None:
         """The last step of finding copies: attributes of every document file, and who is alive after it."""
-        read, jobs = {"found": self.line.together(found)}, []
+        jobs = []
         for unit, first, alive in zip(self.units, self.firsts, self.alive()):
             writes = [unit.attributes(stage), unit.alive(stage)]
             attributes, after = self.all_at(writes)
             paths = {"alive": self.at(alive), "attributes": attributes, "alive_after": after}
             run = partial(function, self.at(unit.documents), first, **paths)
-            jobs.append(Job(unit.name, run, [unit.documents, alive], writes, {**read, "first": str(first)}))
-        self.line.stage(stage, 1, {}, jobs)
+            number = {"first": str(first)}
+            jobs.append(Job(unit.name, run, [unit.documents, alive], writes, {"found": found}, number))
+        self.line.stage(stage, 1, options, jobs)
         self.alive_after = stage

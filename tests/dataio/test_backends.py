@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataio import backends, tokenizer
-from dataio.backends import Encoded, Encoder, encoder, probes
+from dataio.backends import Encoded, Encoder, encoder
+from dataio.probes import probes
 from dataio.tokenizer import END_OF_TEXT, Tokenizer
 from stoker.errors import Refusal
 from tests.dataio.test_tokenizer import texts
@@ -24,8 +25,7 @@ from tests.dataio.test_tokenizer import texts
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    varied = [text.decode() for text in probes([])]
-    tokenizer.train(texts() + varied * 2, 450, to)
+    tokenizer.train(texts() + probes([]) * 2, 450, to)
     return to
 
 
@@ -98,6 +98,12 @@ def test_a_text_with_a_character_newer_than_the_tables_goes_through_tokenizers(f
     given = ["a", f"x {unknown}'m", "", f"{unknown}", "b" * 100, f"\U0010fffd{unknown[:0]}", "é漢🙂"]
     assert fast._newer([text.encode() for text in given]).tolist() == [False, True, False, True, False, False, False]
     assert ids(fast, given) == [fast.tokenizer.encode(text) for text in given]
+
+
+def test_a_newer_character_is_found_wherever_it_stands_in_plain_text(fast: Encoder) -> None:
+    unknown = next(chr(i) for i in range(0x32000, 0x40000) if unicodedata.category(chr(i)) == "Cn")
+    given = ["x" * before + sign + "y" * 33 for before in range(100) for sign in (unknown, "é", "")]
+    assert fast._newer([text.encode() for text in given]).tolist() == [unknown in text for text in given]
 
 
 def test_a_cache_that_has_grown_is_begun_anew_and_ids_stay_the_same(

@@ -98,7 +98,13 @@ def test_a_peer_that_is_missing_or_fails_is_told_and_left_out(monkeypatch: pytes
 def test_every_measurement_gives_its_rows_and_finds_what_is_there(
     packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"PEER_BYTES": 10_000, "TRAINING_BYTES": 30_000, "VOCAB_SIZE": 300, "STORE_TOKENS": 100_000}
+    small = {
+        "PEER_BYTES": 10_000,
+        "TRAINING_BYTES": 30_000,
+        "VOCAB_SIZE": 300,
+        "STORE_TOKENS": 100_000,
+        "STORE_BYTES": 100_000,
+    }
     for name, value in small.items():
         monkeypatch.setattr(bench, name, value)
     rows = bench.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio import code_order, documents
-from dataio.code_order import dependencies_first, order
+from dataio.code_order import dependencies_first
 from dataio.documents import Document, ParquetFile, write_documents
 from dataio.imports import MOST_NAMES, dependencies
+from dataio.languages import of_path
 from dataio.selection import SELECTED
 
 
@@ -44,6 +46,13 @@ from dataio.selection import SELECTED
 )  # fmt: skip
 def test_names_are_those_that_the_language_means(language: str, path: str, text: str, expected: list[str]) -> None:
     assert dependencies(language, path, text) == expected
+
+
+def order(files: Sequence[tuple[str, str]]) -> list[int]:
+    """Indices of the files (path, text) of one repository."""
+    paths, languages = [path for path, _ in files], [of_path(path) for path, _ in files]
+    names = [dependencies(language, path, text) for language, (path, text) in zip(languages, files)]
+    return dependencies_first(paths, languages, names)
 
 
 def ordered(files: dict[str, str]) -> list[str]:
@@ -250,3 +259,25 @@ def test_another_seed_is_another_order_and_documents_do_not_stay_with_their_neig
 
 def test_a_source_of_which_nothing_is_left_has_an_order_of_none(tmp_path: Path) -> None:
     assert arranged(tmp_path, [[], [(Document("a", "s", "a", 0, 0), "exact.copy")]], 2) == []
+
+
+def test_memory_holds_no_objects_of_the_documents_that_were_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python holds at most is that of a row group, of however many documents."""
+    monkeypatch.setattr(documents, "GROUP_DOCUMENTS", 250)
+    monkeypatch.setattr(code_order, "GROUP_ROWS", 250)
+    peaks = []
+    for count in (500, 4000):
+        path, select = tmp_path / f"{count}.parquet", tmp_path / f"{count}.select.parquet"
+        text = "".join(f"import module{at}\n" for at in range(12))
+        write_documents(path, [Document(text, "s", f"m{i}.py", 0, i, repository="r") for i in range(count)])
+        with ParquetFile(select, SELECTED) as file:
+            for _ in range(0, count, 250):
+                columns = [pa.nulls(250, pa.string()), [1.0] * 250, ["python"] * 250, [0] * 250]
+                file.write(pa.table(columns, schema=SELECTED))
+        tracemalloc.start()
+        code_order.imports(path, select, 0, tmp_path / "imports.parquet")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import tracemalloc
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -403,3 +404,17 @@ def test_a_document_is_dropped_from_the_share_on_that_is_asked_for() -> None:
     table = pa.table({"contamination": pa.array([0.0, 0.69, 0.7, 1.0], pa.float32())})
     assert decontaminate.judge(table, Options(max_coverage=0.7)) == [None, None, "evaluation_item", "evaluation_item"]
     assert decontaminate.judge(table, Options(max_coverage=0.0))[:2] == [None, "evaluation_item"]
+
+
+def test_frequencies_are_added_up_one_file_at_a_time(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 3, (30, 20_000))
+    paths = [tmp_path / f"{i}.npy" for i in range(30)]
+    for path, row in zip(paths, counts):
+        save(path, row)
+    tracemalloc.start()
+    told = decontaminate.total(paths, tmp_path / "total.npy")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.load(tmp_path / "total.npy").tolist() == counts.sum(0).tolist()
+    assert told == {"ngrams": 20_000, "found": int((counts.sum(0) > 0).sum())}
+    assert peak <= 4 * counts[0].nbytes, peak

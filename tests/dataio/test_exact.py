@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dataio import documents
 from dataio.dedup import exact
-from dataio.dedup.arrays import key_range, parts_within, save
+from dataio.dedup.arrays import key_range, parts_within, pieces, save
 from dataio.documents import Document, read_groups, write_documents
 
 START = datetime(2020, 1, 1, tzinfo=UTC)
@@ -101,3 +101,18 @@ def test_a_range_fits_the_budget() -> None:
     assert parts_within(10**6, 64, 64 * 10**6) == 1
     assert parts_within(10**6 + 1, 64, 64 * 10**6) == 2
     assert parts_within(0, 64, 1) == 1
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (1,), (5, 7)])
+def test_an_array_written_in_pieces_is_the_array_as_numpy_writes_it(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    values = np.arange(np.prod(shape, dtype=np.int64), dtype=np.uint64).reshape(shape)
+    order = [*range(0, values.size, 2), *range(1, values.size, 2)]
+    np.save(tmp_path / "expected.npy", values)
+    with pieces(tmp_path / "a" / "found.npy", np.uint64, shape) as write:
+        for at in order:
+            write(at, values.ravel()[at : at + 1])
+        assert not (tmp_path / "a" / "found.npy").exists()
+    assert (tmp_path / "a" / "found.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+    with pytest.raises(ValueError, match="torn"), pieces(tmp_path / "b" / "found.npy", np.uint64, shape):
+        raise ValueError("torn")
+    assert not [*(tmp_path / "b").iterdir()]

@@ -5,14 +5,21 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
 
 from dataio import tokenizer
+from dataio.backends import encoder
+from dataio.probes import probes
 from dataio.tokenizer import END_OF_TEXT, Tokenizer
 from stoker.errors import Refusal
 
@@ -161,3 +168,84 @@ def test_p7_what_cannot_be_adopted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="cannot be read"):
         tokenizer.adopt(tmp_path / "none.json", out)
     assert not out.exists()
+
+
+def save(inner: tokenizers.Tokenizer, path: Path) -> Path:
+    inner.add_special_tokens([END_OF_TEXT])
+    inner.save(str(path))
+    return path
+
+
+def words_only(path: Path) -> Path:
+    inner = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "def": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return save(inner, path)
+
+
+def words_without_a_name_for_others(path: Path) -> Path:
+    inner = tokenizers.Tokenizer(models.WordLevel({"the": 0, "def": 1}, unk_token="<unk>"))
+    return save(inner, path)
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A byte-level BPE, but for something."""
+    tokenizer.train(texts(), 320, path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def lowercase(path: Path) -> Path:
+    return changed(path, lambda content: content.update(normalizer={"type": "Lowercase"}))
+
+
+def nfkc(path: Path) -> Path:
+    return changed(path, lambda content: content.update(normalizer={"type": "NFKC"}))
+
+
+def no_byte_f1(path: Path) -> Path:
+    """It begins no character that Unicode has today."""
+    return changed(path, lambda content: content["model"]["vocab"].pop(tokenizer._byte_characters()[0xF1]))
+
+
+def strips(path: Path) -> Path:
+    def change(content: dict[str, Any]) -> None:
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 320, "content": "<x>", "lstrip": True})
+        content["added_tokens"][-1]["special"] = False
+
+    return changed(path, change)
+
+
+LOSSY = [words_only, words_without_a_name_for_others, lowercase, nfkc, no_byte_f1, strips]
+
+
+@pytest.mark.parametrize("make", LOSSY)
+def test_p7_a_tokenizer_that_loses_what_a_text_holds_is_not_adopted(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    source = make(tmp_path / "theirs.json")
+    with pytest.raises(Refusal, match=r"theirs\.json: (loses what a text holds: .* comes back as|does not encode)"):
+        tokenizer.adopt(source, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+    with pytest.raises(Refusal, match=r"theirs\.json"):
+        encoder(source)
+
+
+def test_p7_one_that_writes_accents_otherwise_is_adopted_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = changed(tmp_path / "theirs.json", lambda content: content.update(normalizer={"type": "NFC"}))
+    with caplog.at_level(logging.WARNING):
+        found = tokenizer.adopt(source, tmp_path / "out.json")
+    assert found.decode(found.encode("e\u0301")) == "\u00e9"
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "theirs.json: changes texts to Unicode's normal form C" in message
+    caplog.clear()
+    tokenizer.adopt(changed(source, lambda content: None), tmp_path / "out.json")
+    assert caplog.records == []
+
+
+def test_probes_hold_every_byte_that_utf8_has() -> None:
+    held = {*"".join(probes([])).encode()}
+    assert {*range(256)} - held == {0xC0, 0xC1, *range(0xF5, 0x100)}

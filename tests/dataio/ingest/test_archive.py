@@ -148,6 +148,21 @@ def test_a_tar_without_its_end_mark_is_called_truncated(tmp_path: Path) -> None:
     assert len(found.rows) == 1 and found.faults() == {"malformed.truncated": 1}
 
 
+def test_a_cut_zip_is_called_truncated_and_not_taken_for_a_tar(tmp_path: Path) -> None:
+    lay(tmp_path / "in", {"x.zip": zipped(*MEMBERS)[:-30], "y.archive": zipped(*MEMBERS)[:-30]})
+    found = read(tmp_path / "in", format="archive")
+    assert found.faults() == {"malformed.truncated": 2} and not found.rows
+    assert {shown["detail"] for shown in found.quarantined} == {"zip: ends without its list of members"}
+
+
+def test_an_archive_whose_last_member_is_an_archive_is_read_as_what_it_is(tmp_path: Path) -> None:
+    inner = zipped(("inner.py", b"inner\n"), method=zipfile.ZIP_STORED)
+    outer = tar(("outer.py", b"outer\n"), ("last.whl", inner))
+    lay(tmp_path / "in", {"x.tar": outer, "y.tar.gz": gzip.compress(outer, 0), "z.pyz.zip": b"#!/bin/sh\n" + inner})
+    found = read(tmp_path / "in")
+    assert [row["text"] for row in found.rows] == ["outer\n", "outer\n", "inner\n"] and not found.faults()
+
+
 def header(name: str, size: int, kind: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import random
+import time
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataio.ingest.fields import Fields
+from dataio.ingest.jsonl import _TOKEN
 from dataio.ingest.jsonl import read as read_lines
 from dataio.ingest.records import Malformed, Record
 from tests.dataio.ingest.support import lay, read
@@ -93,7 +95,8 @@ HOSTILE = {
     "encoding": b'{"text": "\xff\xfe"}',
     "surrogate": b'{"text": "half \\ud83d"}',
     "binary": b'{"text": "nul \\u0000"}',
-    "nested": b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "nested": b'{"text": "a", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "structure": b'{"text": "a", "x": [' + b"{}," * 50_000 + b"{}]}",
     "long_line": b'{"text": "' + b"a" * 5000 + b'"}',
     "long_field": b'{"text": "a", "url": "' + b"a" * 3000 + b'", "language": "' + b"x" * 8500 + b'"}',
     "metadata": b'{"text": "a", "x": 1e999}',
@@ -110,6 +113,65 @@ def test_a_malformed_line_is_counted_and_shown_and_the_next_one_read(tmp_path: P
     (shown,) = found.quarantined
     assert (shown["file"], shown["row"], shown["why"]) == (str(tmp_path / "in/a.jsonl"), 1, why)
     assert 0 < len(shown["sample"]) <= 4 * 2048 and shown["detail"]
+
+
+@pytest.mark.parametrize("text", [",[{" * 300_000, '",\\"{' * 100_000, "\\" * 400_001, '"' * 400_000])
+def test_what_looks_like_structure_in_a_text_is_text(tmp_path: Path, text: str) -> None:
+    lay(tmp_path / "in", {"a.jsonl": lines({"text": text})})
+    (row,) = read(tmp_path / "in", max_document_bytes=1 << 20).rows
+    assert row["text"] == text
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=4))
+def test_structure_is_counted_as_a_parser_meets_it(values: dict[str, Any]) -> None:
+    def tokens(value: Any) -> int:
+        """Brackets that open, commas and strings."""
+        if isinstance(value, str):
+            return 1
+        if isinstance(value, dict):
+            return 1 + max(0, len(value) - 1) + sum(1 + tokens(inner) for inner in value.values())
+        return 1 + max(0, len(value) - 1) + sum(map(tokens, value)) if isinstance(value, list) else 0
+
+    (line,) = lines(values).splitlines()
+    assert len(_TOKEN.findall(line)) == tokens(values)
+
+
+@pytest.mark.parametrize("line", [b'"' + b'\\"' * 500_000, b'"\\' * 500_000, b'{"text": "' + b"\\" * 1_000_001])
+def test_a_string_without_an_end_is_gone_through_once(line: bytes) -> None:
+    start = time.perf_counter()
+    assert len(_TOKEN.findall(line)) <= 500_000
+    assert time.perf_counter() - start < 5
+
+
+def test_a_long_line_of_wide_characters_is_refused_before_it_takes_four_bytes_for_each(tmp_path: Path) -> None:
+    text = "a" * 1500
+    wide = [
+        b'{"text": "%s%s"}' % (text.encode(), end) for end in ("\U0001f600".encode(), b"\\ud83d\\ude00", b"\xc3\xa9")
+    ]
+    lay(tmp_path / "in", {"a.jsonl": b"\n".join(wide)})
+    found = read(tmp_path / "in", max_document_bytes=700)
+    assert found.faults() == {"malformed.long_line": 2, "skipped.too_long": 1}
+
+
+@pytest.mark.parametrize("compression", ["gz", "xz"])
+@pytest.mark.parametrize("zeros", [1, 512, 40_000])
+def test_zeros_behind_a_member_are_no_damage(tmp_path: Path, compression: str, zeros: int) -> None:
+    pack = COMPRESSED[compression]
+    one, two = (lines(*({"text": f"{name} {i}"} for i in range(5000))) for name in "ab")
+    padded = pack(one) + bytes(zeros) + pack(two) + bytes(zeros)
+    lay(tmp_path / "in", {f"a.jsonl.{compression}": padded, "b.jsonl": padded + b"junk"})
+    found = read(tmp_path / "in")
+    assert [row["text"] for row in found.rows] == [json.loads(line)["text"] for line in (one + two).splitlines()] * 2
+    assert sum(found.faults().values()) == 1, "but anything else is"
+
+
+@pytest.mark.parametrize("nibble", [0, 13, 15])
+def test_zstd_may_begin_with_a_skippable_frame(tmp_path: Path, nibble: int) -> None:
+    skipped = bytes([0x50 + nibble]) + b"\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"  # RFC 8878, 3.1.2
+    pack = COMPRESSED["zst"]
+    lay(tmp_path / "in", {"a.jsonl": skipped + pack(lines({"text": "a"})) + skipped + pack(lines({"text": "b"}))})
+    found = read(tmp_path / "in")
+    assert [row["text"] for row in found.rows] == ["a", "b"] and not found.faults()
 
 
 @pytest.mark.parametrize("bad", [b"\0" * 3000, b"NaN", b'{"text": NaN}', b"9" * 5000, b'{"text": "a"} {"text": "b"}'])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dataio.ingest import streams
+from dataio.ingest.fields import Fields
 from dataio.ingest.options import Source
-from dataio.ingest.source import InputFile, _runs, ingest, units
+from dataio.ingest.source import InputFile, _runs, contains, ingest, units
+from dataio.stages import _remove_torn
 from stoker.errors import Refusal
 from tests.dataio.ingest.support import lay, read
 
@@ -130,6 +133,52 @@ def test_a_unit_s_inputs_change_with_its_files_and_with_the_licence_of_its_repos
     assert {key for key in first if inputs()[key] != second[key]} == {str(base / "a.py")}
 
 
+def test_a_unit_s_inputs_change_with_the_numbers_of_its_files_which_are_consecutive(tmp_path: Path) -> None:
+    base = lay(tmp_path / "in", {f"{i}.md": "x" for i in range(7)})
+    found = units(Source(name="s", paths=(".",), unit_bytes=3), base)
+    assert [[file.number for file in unit.files] for unit in found] == [[0, 1, 2], [3, 4, 5], [6]]
+    last = found[2].inputs()
+    (base / "0.md").unlink()
+    lay(base, {"00.md": "x", "000.md": "x"})  # now before it, so that its documents have another file's number
+    after = units(Source(name="s", paths=(".",), unit_bytes=7), base)[1]
+    assert [file.path for file in after.files] == ["6.md"] and after.files[0].number == 7
+    assert after.inputs()[str(base / "6.md")] == last[str(base / "6.md")] and after.inputs() != last
+
+
+def test_a_unit_s_inputs_change_with_the_paths_that_its_documents_will_have(tmp_path: Path) -> None:
+    base = lay(tmp_path / "in", {"sub/a.md": "x", "sub/odd\udcff.md": "y"})
+    (whole,), (part,) = (units(Source(name="s", paths=(path,)), base) for path in (".", "sub"))
+    assert [file.url for file in whole.files] == [file.url for file in part.files]
+    assert whole.inputs().keys() == part.inputs().keys() and whole.inputs() != part.inputs()
+
+
+def test_a_folder_that_a_source_may_read_is_contained_in_it_whether_it_is_there_or_not(tmp_path: Path) -> None:
+    lay(tmp_path, {"in/x/a.md": "a", "in/y.md": "y", "other/b.md": "b"})
+    os.symlink(tmp_path / "in", tmp_path / "link")
+
+    def holds(*paths: str, folder: str) -> bool:
+        return contains(Source(name="s", paths=paths), tmp_path, tmp_path / folder)
+
+    assert all(
+        holds(path, folder="in/out") for path in ("in", ".", "in/", "link", "in/*", "in/**/*.md", "i?/*/*.jsonl")
+    )
+    assert holds("in", folder="in") and holds("in", folder="link/out") and holds("other", "in", folder="in/x/out")
+    assert holds(f"file://{tmp_path}/in", folder="in/out") and holds("li*", folder="in/out")
+    assert not any(holds(path, folder="in/out") for path in ("in/x", "in/y.md", "in/*.md", "in/x*", "other", "s3://in"))
+    assert not holds("in", folder="inside") and not holds("in/x", folder="in")
+
+
+def test_a_copy_of_a_remote_file_has_a_name_that_the_next_run_removes_when_this_one_is_killed(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/a.zip", b"x")
+    with streams.local("memory://bucket/a.zip", tmp_path) as copy:
+        assert copy.read_bytes() == b"x"
+        _remove_torn(tmp_path)
+        assert not copy.exists()
+        copy.touch()  # for the end, which removes it
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_paths_are_read_in_order_and_no_file_twice(tmp_path: Path) -> None:
     base = lay(tmp_path / "in", {"b/x.md": "x", "a/y.md": "y"})
     found = read(base, "b", "a")
@@ -152,6 +201,18 @@ def test_what_holds_nothing_is_refused(tmp_path: Path) -> None:
         {"name": "a b"},
         {"paths": []},
         {"paths": ["s3://key:secret@bucket/x"]},
+        {"paths": ["a", ""]},
+        {"paths": [" "]},
+        {"paths": "x"},
+        {"paths": [1]},
+        {"include": "*.md"},
+        {"unit_bytes": "100"},
+        {"unit_bytes": 1.0},
+        {"max_malformed": "0.5"},
+        {"max_malformed": float("nan")},
+        {"max_malformed": True},
+        {"fields": {"text": 1}},
+        {"fields": {"metadata": "some"}},
         {"format": "csv"},
         {"max_malformed": 2},
         {"fields": {"txt": "x"}},
@@ -161,6 +222,17 @@ def test_what_holds_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_option_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Source.model_validate({"name": "s", "paths": ["x"], **wrong})
+
+
+def test_options_as_yaml_has_them_are_equal_hash_and_pickle() -> None:
+    values = {"name": "s", "paths": ["a", "b"], "include": ["*.x"], "fields": {"metadata": ["k"]}, "max_malformed": 1}
+    source = Source.model_validate(values)
+    assert source == Source(
+        name="s", paths=("a", "b"), include=("*.x",), fields=Fields(metadata=("k",)), max_malformed=1.0
+    )
+    assert source.fields.names()  # what it has found out about itself changes nothing
+    sent = pickle.loads(pickle.dumps(source))
+    assert sent == source and hash(sent) == hash(source) == hash(Source.model_validate(source.model_dump(mode="json")))
 
 
 def test_a_file_that_changed_since_it_was_listed_or_is_gone_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -250,7 +322,9 @@ def test_memory_does_not_depend_on_what_a_file_holds(tmp_path: Path) -> None:
     hostile = {
         "line.jsonl": (b"", "malformed.long_line"),  # of 1 GiB, see below
         "bomb.jsonl.gz": (gzip.compress(b'{"text": "' + b"a" * (100 << 20)), "malformed.bomb"),
-        "deep.jsonl": (b'{"text": "a", "x": ' + b"[" * (3 << 20), "malformed.nested"),
+        "deep.jsonl": (b'{"text": "a", "x": ' + b"[" * 60_000, "malformed.nested"),
+        "wide.jsonl": (b'{"text": "a", "x": [' + b"{}," * (1 << 20) + b"{}]}", "malformed.structure"),
+        "keys.jsonl": (b"{%s}" % b",".join(b'"%x": {"a": 1}' % i for i in range(200_000)), "malformed.structure"),
         "lines.jsonl": (b"\xff\n" * (1 << 18), "malformed.encoding"),
         "big.txt": (b"a" * (64 << 20), "skipped.too_long"),
         "name.tar": (name.tobuf() + bytes(64 << 20), "malformed.archive"),

@@ -139,7 +139,7 @@ def test_a_cut_file_keeps_the_records_before_the_cut(tmp_path: Path, members: bo
     lay(tmp_path / "in", {"a.warc.gz": data[:-cut]})
     found = read(tmp_path / "in")
     if members:  # the last block that was decompressed is lost
-        assert 100 - 16_384 / len(PAGE) < len(found.rows) < 100 and found.faults() == {"malformed.truncated": 1}
+        assert 100 - 16_384 / len(PAGE) < len(found.rows) <= 100 and found.faults() == {"malformed.truncated": 1}
     elif cut == 1:  # an empty line behind the last record
         assert len(found.rows) == 100 and not found.faults()
     else:
