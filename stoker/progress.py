@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 @contextmanager
 def progress(what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-    """A bar on standard error, drawn while the block runs; yields ``advance(amount)``, in the units of `total`.
+    """A bar with rate and time left on standard error, drawn while the block runs; yields ``advance(amount)``, in the
+    units of `total`.
 
     >>> with progress("hashing", total=3) as advance:
     ...     advance(1)
@@ -23,7 +24,12 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
     from rich import progress as bars
     from rich.console import Console
 
-    with bars.Progress(console=Console(stderr=True), transient=True) as bar:
+    class Rate(bars.ProgressColumn):
+        def render(self, task: bars.Task) -> str:
+            return f"{task.speed:,.1f}/s" if task.speed else ""
+
+    columns = (*bars.Progress.get_default_columns(), Rate())
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda amount: bar.advance(task, amount)
 
