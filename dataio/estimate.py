@@ -19,25 +19,25 @@ from stoker.errors import Refusal
 
 #: Bytes of an ordinary document of web or code: for the number of tasks, before any was counted.
 DOCUMENT_BYTES = 4000
-#: MB of text a second and core, of each stage. docs/measurements/data-prepare.md, 2026-11-22; your machine's own are in
-#: the timings.jsonl of a preparation that was run on it.
+#: MB of text a second and core, of each stage: docs/measurements/data-prepare.md, 2026-11-22, ingest without pages. A
+#: machine's own are in the timings.jsonl of what was prepared on it.
 RATES = {
     "ingest": 40.0,
-    "licence": 200.0,
-    "code": 100.0,
-    "language": 30.0,
-    "prose": 60.0,
-    "redact": 60.0,
-    "filter": 1000.0,
-    "exact": 100.0,
-    "near": 60.0,
-    "substring": 30.0,
-    "decontaminate": 60.0,
-    "select": 1000.0,
-    "tokenizer": 20.0,
-    "order": 60.0,
-    "encode": 70.0,
-    "assemble": 300.0,
+    "licence": 69.0,
+    "code": 84.0,
+    "language": 138.0,
+    "prose": 298.0,
+    "redact": 152.0,
+    "filter": 910.0,
+    "exact": 106.0,
+    "near": 94.0,
+    "substring": 16.0,
+    "decontaminate": 61.0,
+    "select": 1236.0,
+    "tokenizer": 55.0,
+    "order": 185.0,
+    "encode": 86.0,
+    "assemble": 233.0,
 }
 #: Bytes on disk for each byte of text: documents and tokens compressed or short, signatures, anchors.
 DISK_SHARE = 2.5
