@@ -8,6 +8,7 @@ In ``<output>``:
     quarantine/<source>/<unit>.jsonl              samples of what could not be read
     tokenizer.json, stores/<source>/              the result
     manifests/<stage>/..., timings.jsonl          what was done (stages.py)
+    decontamination.json                          for every evaluation item, which documents hold it
     funnel.json, report.html                      what was kept, and why the rest was not
     work/                                         what stages hand to one another: may be removed, is then made again
 
