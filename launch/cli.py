@@ -15,6 +15,7 @@ import typer
 
 from launch.commands_checkpoint import checkpoint
 from launch.commands_data import data
+from launch.commands_plan import plan
 from pretrain.guard import require_own_rooms
 from stoker.errors import Refusal
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(plan)
 app.add_typer(data)
 app.add_typer(checkpoint)
 
@@ -54,19 +56,6 @@ def train(
     from launch.local import train
 
     raise typer.Exit(train(config, overrides or (), ranks, max_restarts))
-
-
-@app.command()
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    ranks: Ranks = None,
-    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-) -> None:
-    """What a configuration is on this machine: layout in words, parameters, FLOPs."""
-    from launch.commands_plan import show
-
-    show(config, overrides or (), ranks, json)
 
 
 @app.command()

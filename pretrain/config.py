@@ -39,6 +39,7 @@ from pretrain.config_sections import (
     TrainSection,
 )
 from pretrain.config_yaml import apply_overrides
+from pretrain.forecast import automatic
 from pretrain.spec import ModelSpec
 from pretrain.workload import refuse_ragged_experts, workload_of
 from stoker import canonical, formats
@@ -84,19 +85,20 @@ class RunConfig(Section):
 
     def plan(self, world_size: int, announce: Callable[[str], None] = _log.warning) -> ParallelPlan:
         """The layout on ``world_size`` ranks, refused if the engine does not support it or it does not divide the
-        model. ``announce`` is told what ``parallel: auto`` chose; give it on one rank only."""
+        model. ``announce`` is told what ``parallel: auto`` chose. Ranks of several hosts may then differ: one decides
+        (``pretrain.run.decide``)."""
         degrees = self.parallel
         if isinstance(degrees, str):
-            degrees = ParallelSection()
-            announce(f"parallel: auto takes data parallelism over all {world_size} ranks: no planner is built yet")
-        plan = ParallelPlan(
-            world_size,
-            self.train.global_batch,
-            self.train.micro_batch,
-            num_layers=len(self.model.layers),
-            stages=stages_from_counts(degrees.stages) if degrees.stages else (),
-            **degrees.model_dump(exclude={"stages"}),
-        )
+            plan = automatic(self, world_size, announce)
+        else:
+            plan = ParallelPlan(
+                world_size,
+                self.train.global_batch,
+                self.train.micro_batch,
+                num_layers=len(self.model.layers),
+                stages=stages_from_counts(degrees.stages) if degrees.stages else (),
+                **degrees.model_dump(exclude={"stages"}),
+            )
         workload = workload_of(self.model_spec(), self.data.seq_len, ELEMENT_BYTES[self.run.dtype])
         refuse_unsupported(plan, self.run.dtype, has_experts=workload.has_experts)
         check_divisibility(workload, plan)

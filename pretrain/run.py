@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from parallel.planning.plan import ParallelPlan
 from pretrain.attempt import ExitClass, record_exit
 from pretrain.config import RunConfig, load
 from pretrain.data import validate_data
+from pretrain.forecast import Forecast, forecast
 from pretrain.guard import require_own_rooms
-from pretrain.rundir import Attempt, Start, attempt_path, begin, data_changed, inspect
+from pretrain.rundir import Attempt, Start, attempt_path, begin, data_changed, inspect, last_plan
 from stoker.errors import Refusal
 
 #: How long a collective may wait, for a rank that hangs. Over gloo a rank that is gone is noticed at once.
@@ -74,9 +76,22 @@ def main(arguments: Sequence[str]) -> int:
 def validate(config: RunConfig, world: World, announce: Callable[[str], None] = _announce) -> Start | None:
     """Everything that can be refused before ranks meet. Rank 0 also says how the run would start, and ``announce`` is
     told what the configuration left open."""
-    config.plan(world.size, announce=announce if world.rank == 0 else _silent)
+    decide(config, world.size, announce if world.rank == 0 else _silent)
     validate_data(config)
     return inspect(config) if world.rank == 0 else None
+
+
+def decide(config: RunConfig, world_size: int, announce: Callable[[str], None] = _silent) -> ParallelPlan:
+    """The layout of the next attempt. Under ``parallel: auto`` a run that goes on from a checkpoint keeps the one that
+    it had, if ranks and batches are the same: what was measured meanwhile must not change its rounding (P5).
+
+    Every rank asks, so that all refuse alike, and then takes rank 0's answer (``_begin``): hosts may have been measured
+    apart, and a file may change between two readers.
+    """
+    if config.parallel == "auto" and (before := last_plan(config, world_size)) is not None:
+        announce(f"parallel: auto keeps the layout that the checkpoints of {config.run_dir} were written under")
+        return before
+    return config.plan(world_size, announce)
 
 
 def _validate_device(config: RunConfig, world: World) -> None:
@@ -103,11 +118,21 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
     number: int | None = None
     try:
         _join(world, config)
-        attempt, number, resume_step, changed = _begin(config, world, start)
+        attempt, begun = _begin(config, world, start)
+        number = begun.attempt
         from pretrain.loop import train
         from pretrain.session import Session
 
-        session = Session(config, world.rank, number, resume_step, changed, COLLECTIVE_TIMEOUT)
+        session = Session(
+            config,
+            world.rank,
+            number,
+            begun.resume_step,
+            begun.data_changed,
+            COLLECTIVE_TIMEOUT,
+            begun.plan,
+            begun.forecast,
+        )
         return train(session).exit_class.code
     except Refusal as refusal:
         # Every rank refuses together: what differs between ranks is agreed on before.
@@ -158,9 +183,19 @@ def _join(world: World, config: RunConfig) -> None:
         dist.init_process_group(backend, timeout=timeout)
 
 
-def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attempt | None, int, int | None, bool]:
-    """Rank 0 makes the attempt's directory; all ranks learn its number, the step to resume from and whether the data
-    were changed, or its refusal."""
+@dataclass(frozen=True)
+class Begun:
+    """What rank 0 decides for all. ``forecast``: None where nothing is known of this machine."""
+
+    attempt: int
+    resume_step: int | None
+    data_changed: bool
+    plan: ParallelPlan
+    forecast: Forecast | None
+
+
+def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attempt | None, Begun]:
+    """Rank 0 makes the attempt's directory; all ranks learn what it decided, or its refusal."""
     import torch.distributed as dist
 
     attempt: Attempt | None = None
@@ -168,15 +203,25 @@ def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attemp
     if world.rank == 0:
         assert start is not None
         try:
-            attempt = begin(start, config, config.plan(world.size, announce=_silent))
-            told = [(start.attempt, start.resume_step, data_changed(start.changes))]
+            plan = decide(config, world.size)
+            expected, predictions = _expect(config, plan)
+            attempt = begin(start, config, plan, predictions)
+            told = [Begun(start.attempt, start.resume_step, data_changed(start.changes), plan, expected)]
         except Refusal as refusal:
             told = [str(refusal)]
     dist.broadcast_object_list(told, src=0)
     if isinstance(told[0], str):
         raise Refusal(told[0])
-    number, resume_step, changed = told[0]
-    return attempt, number, resume_step, changed
+    return attempt, told[0]
+
+
+def _expect(config: RunConfig, plan: ParallelPlan) -> tuple[Forecast | None, dict[str, Any]]:
+    """What is predicted of a step, and the same as ``plan.json`` has it; a run goes on where nothing is."""
+    try:
+        expected = forecast(config, plan)
+    except Refusal as unknown:
+        return None, {"unknown": str(unknown)}
+    return expected, expected.to_dict()
 
 
 def _leave(config: RunConfig, number: int | None, exit_class: ExitClass, cause: str, rank: int | None) -> None:

@@ -135,6 +135,26 @@ def attempt_path(root: Path, number: int) -> Path:
     return root / ATTEMPTS / f"{number:04d}"
 
 
+def last_plan(config: RunConfig, world_size: int) -> ParallelPlan | None:
+    """The layout of the newest attempt of a run that has checkpoints, where ``parallel: auto`` chose it for as many
+    ranks and for the same batches."""
+    root = config.run_dir
+    if not committed_steps(root):
+        return None
+    try:
+        path = attempt_path(root, max(attempts(root)))
+        plan = ParallelPlan.from_dict(json.loads((path / PLAN).read_bytes())["plan"])
+        before = _read_config(path / CONFIG)
+    except (OSError, ValueError, KeyError, TypeError):  # Refusal is a ValueError; what is damaged is decided anew
+        return None
+    kept = plan.world_size == world_size and before.parallel == "auto"
+    return plan if kept and _batches(before) == _batches(config) else None
+
+
+def _batches(config: RunConfig) -> tuple[int, int, int]:
+    return config.train.global_batch, config.train.micro_batch, config.data.seq_len
+
+
 def committed_steps(root: Path) -> list[int]:
     """Steps of the checkpoints of a run that were committed, ascending; that they are intact is not looked at."""
     return folders.committed(root / CHECKPOINTS)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import signal
 import time
+from collections import deque
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from types import FrameType, TracebackType
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 from dataio.types import Batch, BatchPlan
 from parallel.engine.groups import create
+from parallel.planning.plan import ParallelPlan
 from pretrain.attempt import Exit, ExitClass, record_exit
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
@@ -21,6 +24,7 @@ from pretrain.data import TOKENIZER, open_heldout, open_stores, read_tokenizer
 from pretrain.evaluate import Evaluator
 from pretrain.events import StepEvent, Timing
 from pretrain.feed import Feed
+from pretrain.forecast import Forecast
 from pretrain.health import StepReport, Verdict
 from pretrain.kernel_check import used_kernels
 from pretrain.rundir import CHECKPOINTS, attempt_path
@@ -28,6 +32,8 @@ from pretrain.sinks import Sinks, open_sinks
 from pretrain.trainer import Trainer, load_imbalance
 from stoker.errors import Refusal
 
+#: Steps that are not compared with the prediction, while memory and caches fill; and how many are, at most.
+WARM_UP_STEPS, RECENT_STEPS = 4, 1000
 #: Signals that end a run in good order: from a scheduler, and from a person.
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,7 +42,8 @@ class Session:
     """One attempt on one rank; a context that opens and closes what the attempt holds.
 
     ``attempt``: its number; ``resume_step``: the checkpoint to begin from, None for the first values;
-    ``data_changed``: the configuration's data differ from the last attempt's.
+    ``data_changed``: the configuration's data differ from the last attempt's. ``plan``: the layout that rank 0 decided;
+    None: the configuration's. ``forecast``: what is expected of a step, where something is.
     """
 
     def __init__(
@@ -47,11 +54,13 @@ class Session:
         resume_step: int | None,
         data_changed: bool = False,
         timeout: timedelta | None = None,
+        plan: ParallelPlan | None = None,
+        forecast: Forecast | None = None,
     ) -> None:
         self.config, self.rank, self.attempt = config, rank, attempt
         self.root: Path = config.run_dir
         self.spec = config.model_spec()
-        plan = config.plan(dist.get_world_size(), announce=lambda text: None)
+        plan = plan or config.plan(dist.get_world_size(), announce=lambda text: None)
         self.groups = create(plan, self.spec.tied_embedding, timeout)
         self.stores = open_stores(config)
         self.tokenizer = read_tokenizer(config, self.stores)
@@ -72,6 +81,8 @@ class Session:
         self._kernels = used_kernels(self.spec, getattr(torch, config.run.dtype), device)
         self.preemption_asked = False
         self._clock = 0.0
+        self._forecast = forecast
+        self._step_times: deque[float] = deque(maxlen=RECENT_STEPS)
         self._sinks: Sinks | None = None
 
     def __enter__(self) -> Session:
@@ -119,7 +130,17 @@ class Session:
         """How the run ended, written down before anything slow is closed."""
         if self.rank == 0:
             record_exit(attempt_path(self.root, self.attempt), exit_class, cause)
+        self._compare()
         return Exit(exit_class, cause, None)
+
+    def _compare(self) -> None:
+        """Predicted beside measured."""
+        if self._forecast is None:
+            return
+        if len(self._step_times) > WARM_UP_STEPS:
+            self._say(self._forecast.beside_step(median(list(self._step_times)[WARM_UP_STEPS:])))
+        if torch.cuda.is_available():
+            self._say(self._forecast.beside_memory(torch.cuda.max_memory_allocated()))
 
     def _opening(self) -> str:
         plan = self.groups.plan
@@ -166,6 +187,8 @@ class Session:
         self.evaluator.spent_s = 0.0
         if self._sinks is None:
             return
+        self._step_times.append(elapsed)
+        mfu = None if self._forecast is None else self._forecast.mfu(elapsed)
         imbalance = load_imbalance(report.load)
         draws = {name: int((plan.source == index).sum()) for index, name in enumerate(self.feed.stream.sources)}
         self._sinks.step(
@@ -181,7 +204,7 @@ class Session:
                 verdict=verdict,
                 applied=verdict == "apply",
                 aux={**report.aux, **({} if imbalance is None else {"load_max_over_mean": imbalance}), **measured},
-                timing=Timing(step_time_s=elapsed, tokens_per_s=report.tokens / elapsed),
+                timing=Timing(elapsed, report.tokens / elapsed, mfu),
             )
         )
         if measured:

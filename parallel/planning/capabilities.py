@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+from parallel.planning.execution import Execution
 from parallel.planning.plan import ParallelPlan, Recompute
 from stoker.errors import Refusal
 
 Status = Literal["supported", "planned", "model_only", "exclusive"]
-Kind = Literal["axis", "precision", "schedule", "dispatcher", "offload"]
+Kind = Literal["axis", "precision", "state", "schedule", "dispatcher", "recompute", "overlap", "kernel", "offload"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Capability:
     instead: str = ""
 
 
+_BFLOAT16 = "dtype=bfloat16"
 _ROWS = (
     Capability("dp", "axis", "supported", "gradients summed over dp (experts: edp) in float32 or wider"),
     Capability("zero1", "axis", "supported", "optimizer state sharded over dp (experts: edp) in flat ranges", ("dp",)),
@@ -46,12 +48,30 @@ _ROWS = (
     Capability("recompute_full", "axis", "supported", "a layer keeps its input only, bit-equal to none"),
     Capability("cp", "axis", "planned", "context parallelism waits until its own issue", instead="cp=1"),
     Capability(
-        "fsdp", "axis", "model_only", "weights sharded over dp: the engine shards optimizer state", instead="zero=1"
+        "zero2", "axis", "model_only", "gradients sharded over dp: the engine shards optimizer state", ("dp",), "zero=1"
+    ),
+    Capability(
+        "fsdp", "axis", "model_only", "weights sharded over dp: the engine shards optimizer state", ("dp",), "zero=1"
+    ),
+    Capability(
+        "hybrid_sharding", "axis", "model_only", "sharded state is spread over the whole of dp", ("dp",), "zero=1"
     ),
     Capability("float64", "precision", "supported", "CPU parity; experts run one GEMM each"),
     Capability("float32", "precision", "supported", "published band in docs/parity.md"),
     Capability("bfloat16", "precision", "supported", "float32 master weights and reductions"),
-    Capability("fp8", "precision", "planned", "refused until it is built and held to a band", instead="dtype=bfloat16"),
+    Capability("float16", "precision", "model_only", "no loss scaling is built", instead="dtype=bfloat16"),
+    *(
+        Capability(name, "precision", "planned", "refused until it is built and held to a band", instead=_BFLOAT16)
+        for name in ("fp8", "fp8_block", "mxfp8", "nvfp4")
+    ),
+    Capability(
+        "narrow_state",
+        "state",
+        "model_only",
+        "the engine keeps gradients, moments and master weights in float32",
+        instead="4 bytes an element",
+    ),
+    Capability("fp8_attention", "kernel", "planned", "attention runs in the dtype of the run", instead=_BFLOAT16),
     Capability("1f1b", "schedule", "supported", "one forward, one backward"),
     Capability("interleaved", "schedule", "supported", "vpp chunks a rank"),
     Capability(
@@ -61,7 +81,48 @@ _ROWS = (
     Capability("deepep", "dispatcher", "planned", "no adapter is built and tested", instead="dispatcher alltoall"),
     Capability("hybridep", "dispatcher", "planned", "no adapter is built and tested", instead="dispatcher alltoall"),
     Capability(
-        "offload", "offload", "model_only", "no tensor moves to host memory", instead="recompute=full or zero=1"
+        "token_dropping", "dispatcher", "model_only", "every token reaches its experts", instead="dropless routing"
+    ),
+    Capability(
+        "recompute_modules",
+        "recompute",
+        "model_only",
+        "backward runs a mixer or a layer again, no chosen part of one",
+        instead="recompute=selective or recompute=full",
+    ),
+    Capability(
+        "tensor_overlap",
+        "overlap",
+        "model_only",
+        "gathers and scatters run before and after the products that need them",
+        instead="sequence_parallel",
+    ),
+    Capability(
+        "expert_overlap",
+        "overlap",
+        "model_only",
+        "the expert exchange of one micro-batch waits for no other's computation",
+        instead="ep inside the domain",
+    ),
+    Capability(
+        "fused_experts",
+        "kernel",
+        "model_only",
+        "grouped products and activation are kernels each",
+        instead="grouped_mm",
+    ),
+    Capability(
+        "cuda_graphs", "kernel", "model_only", "kernels are launched one by one", instead="larger micro-batches"
+    ),
+    Capability(
+        "offload_optimizer",
+        "offload",
+        "model_only",
+        "no tensor moves to host memory",
+        instead="zero=1 over more data-parallel ranks",
+    ),
+    Capability(
+        "offload_activations", "offload", "model_only", "no tensor moves to host memory", instead="recompute=full"
     ),
 )
 TABLE: Mapping[str, Capability] = {row.name: row for row in _ROWS}
@@ -124,27 +185,62 @@ def smallest_plan(features: Iterable[str], *, num_layers: int, global_batch: int
     )
 
 
-def features_of(plan: ParallelPlan) -> list[str]:
-    """The axes at work in a plan, in the order of the table."""
+def supported(name: str) -> bool:
+    """Whether the engine has this feature of the table."""
+    return TABLE[name].status == "supported"
+
+
+def features_of(plan: ParallelPlan, execution: Execution | None = None) -> list[str]:
+    """The axes at work in a plan and, with ``execution``, how it is run; in the order of the table."""
     at_work = {
         "sp": plan.sequence_parallel,
         "zero1": plan.zero == 1 and plan.dp > 1,
+        "zero2": plan.zero == 2 and plan.dp > 1,
+        "fsdp": plan.zero == 3 and plan.dp > 1,
         "recompute_selective": plan.recompute == "selective",
         "recompute_full": plan.recompute == "full",
     }
     at_work |= {axis: plan.degree(axis) > 1 for axis in ("dp", "tp", "pp", "vpp", "ep", "etp", "cp")}
+    if execution is not None:
+        at_work |= _execution_features(plan, execution)
     return [name for name in TABLE if at_work.get(name)]
 
 
-def refuse_unsupported(plan: ParallelPlan, dtype: str, *, has_experts: bool, others: Iterable[str] = ()) -> None:
+def _execution_features(plan: ParallelPlan, execution: Execution) -> dict[str, bool]:
+    master_bytes = execution.master_bytes or execution.element_bytes
+    schedule = "interleaved" if plan.vpp > 1 and execution.schedule == "1f1b" else execution.schedule
+    return {
+        "hybrid_sharding": execution.zero_parts is not None,
+        execution.precision: True,
+        "narrow_state": min(execution.gradient_bytes, execution.moment_bytes, master_bytes) < 4,
+        schedule: plan.pp > 1,
+        execution.dispatcher: plan.ep > 1,
+        "token_dropping": execution.routing == "dropped",
+        "recompute_modules": bool(execution.recompute_modules),
+        "tensor_overlap": execution.tensor_overlap,
+        "expert_overlap": execution.expert_overlap,
+        "fused_experts": execution.fused_experts,
+        "fp8_attention": execution.fp8_attention,
+        "cuda_graphs": execution.graphs != "none",
+        **{f"offload_{what}": True for what in execution.offload},
+    }
+
+
+def refuse_unsupported(
+    plan: ParallelPlan, execution: str | Execution, *, has_experts: bool, others: Iterable[str] = ()
+) -> None:
     """Raise Refusal, with the reason and the nearest supported choice, where the engine cannot run this plan.
 
-    ``others``: further features asked for by name, such as a dispatcher or a schedule.
+    ``execution``: how the plan is run, or only the dtype that it runs in. ``others``: further features asked for by
+    name, such as a dispatcher or a schedule.
     """
-    precisions = [row.name for row in _ROWS if row.kind == "precision"]
-    if dtype not in precisions:
-        raise Refusal(f"precision {dtype!r} is not known: choose one of {', '.join(precisions)}")
-    used = [*features_of(plan), dtype, *others]
+    if isinstance(execution, Execution):
+        used = [*features_of(plan, execution), *others]
+    else:
+        precisions = [row.name for row in _ROWS if row.kind == "precision"]
+        if execution not in precisions:
+            raise Refusal(f"precision {execution!r} is not known: choose one of {', '.join(precisions)}")
+        used = [*features_of(plan), execution, *others]
     for name in used:
         if name not in TABLE:
             raise Refusal(f"feature {name!r} is not known: choose from {', '.join(TABLE)}")

@@ -1,18 +1,17 @@
-"""A plan as pictures: SVG fragments for a page that has the colours. No torch.
+"""A plan without its machine as pictures: layers and ranks by pipeline rank and group. No torch.
 
-Shapes carry classes only: ``cell`` with one of ``c0`` to ``c7`` (a palette), ``label`` and ``inside`` for text. Whoever
-puts a fragment into a page gives the classes their look. Every cell says in words what it is when one points at it.
+Fragments for a page that has the colours; ``pictures/shapes.py`` says how. On a machine: ``pictures/rack.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from xml.etree.ElementTree import Element, SubElement
+from xml.etree.ElementTree import Element
 
 from parallel.planning.layout import FAMILIES
+from parallel.planning.pictures.shapes import PALETTE, cell, svg, text
 from parallel.planning.plan import ORDERS, ParallelPlan
 
-PALETTE = 8
 #: Ranks that a picture shows; of a larger world, the first ranks of every pipeline rank.
 MAX_RANKS = 128
 #: Pixels: a cell, the gap between cells, the column of labels on the left, all cells of a row, a number in a cell.
@@ -46,20 +45,20 @@ def layers_drawing(plan: ParallelPlan, kinds: Sequence[str]) -> Element:
     colours = {kind: index % PALETTE for index, kind in enumerate(dict.fromkeys(kinds))}
     step = min(LAYER, ROW / (plan.num_layers + 2))
     width = step - (GAP if step > 2 * GAP else 0)
-    svg = _svg(LABELS + step * (plan.num_layers + 2), plan.pp * (CELL + GAP), "layers by pipeline rank")
+    drawing = svg(LABELS + step * (plan.num_layers + 2), plan.pp * (CELL + GAP), "layers by pipeline rank")
     for pp in range(plan.pp):
-        _text(svg, 0, pp * (CELL + GAP) + CELL / 2, f"pp {pp}", "label")
+        text(drawing, 0, pp * (CELL + GAP) + CELL / 2, f"pp {pp}", "label")
     ends = ((-1, 0, "embed", "the embedding"), (plan.num_layers, plan.pp - 1, "head", "final norm and head"))
     for layer, pp, short, words in ends:
         box = (LABELS + step * (layer + 1), pp * (CELL + GAP), width, CELL)
-        _cell(svg, box, "cell end", short if step == LAYER else "", f"{words}, on pipeline rank {pp}")
+        cell(drawing, box, "cell end", short if step == LAYER else "", f"{words}, on pipeline rank {pp}")
     for chunk, layers in enumerate(plan.stages):
         pp = chunk % plan.pp
         for layer in layers:
             box = (LABELS + step * (layer + 1), pp * (CELL + GAP), width, CELL)
             words = f"layer {layer}, {kinds[layer]}, on pipeline rank {pp}" + f", chunk {chunk}" * (plan.vpp > 1)
-            _cell(svg, box, f"cell c{colours[kinds[layer]]}", str(layer) if width >= NUMBER else "", words)
-    return svg
+            cell(drawing, box, f"cell c{colours[kinds[layer]]}", str(layer) if width >= NUMBER else "", words)
+    return drawing
 
 
 def ranks_drawing(plan: ParallelPlan, axis: str) -> Element:
@@ -69,17 +68,17 @@ def ranks_drawing(plan: ParallelPlan, axis: str) -> Element:
     per_stage, shown = plan.world_size // plan.pp, ranks_shown(plan)
     rows = -(-shown // COLUMNS)
     band = rows * (CELL + GAP) + GAP
-    svg = _svg(LABELS + min(shown, COLUMNS) * (CELL + GAP), plan.pp * band, f"ranks by {axis} group")
+    drawing = svg(LABELS + min(shown, COLUMNS) * (CELL + GAP), plan.pp * band, f"ranks by {axis} group")
     for pp in range(plan.pp):
-        _text(svg, 0, pp * band + CELL / 2, f"pp {pp}", "label")
+        text(drawing, 0, pp * band + CELL / 2, f"pp {pp}", "label")
         for place in range(shown):
             rank = pp * per_stage + place
             row, column = divmod(place, COLUMNS)
             box = (LABELS + column * (CELL + GAP), pp * band + row * (CELL + GAP), CELL, CELL)
             members = groups[group_of[rank]]
             words = f"rank {rank}: {_coordinates(plan, rank)}; its {axis} group: {ranks_text(members)}"
-            _cell(svg, box, f"cell c{group_of[rank] % PALETTE}", str(rank), words)
-    return svg
+            cell(drawing, box, f"cell c{group_of[rank] % PALETTE}", str(rank), words)
+    return drawing
 
 
 def ranks_shown(plan: ParallelPlan) -> int:
@@ -97,24 +96,3 @@ def ranks_text(ranks: Sequence[int], most: int = 8) -> str:
 def _coordinates(plan: ParallelPlan, rank: int) -> str:
     coords = plan.coords(rank)
     return ", ".join(f"{axis} {coords[axis]}" for axis in coords if plan.degree(axis) > 1) or "the only rank"
-
-
-def _svg(width: float, height: float, label: str) -> Element:
-    size = {"width": f"{width:g}", "height": f"{height:g}", "viewBox": f"0 0 {width:g} {height:g}"}
-    return Element("svg", {**size, "role": "img", "aria-label": label, "class": "drawing"})
-
-
-def _cell(svg: Element, box: tuple[float, float, float, float], look: str, inside: str, words: str) -> None:
-    """A rounded box (x, y, width, height) with a few characters inside and its description in words."""
-    x, y, width, height = box
-    cell = SubElement(svg, "g")
-    SubElement(cell, "title").text = words
-    place = {"x": f"{x + 0.5:.1f}", "y": f"{y + 0.5:.1f}", "width": f"{width - 1:.1f}", "height": f"{height - 1:.1f}"}
-    SubElement(cell, "rect", {**place, "rx": f"{min(4.0, width / 4):.1f}", "class": look})
-    if inside:
-        _text(cell, x + width / 2, y + height / 2, inside, "inside")
-
-
-def _text(parent: Element, x: float, y: float, text: str, look: str) -> None:
-    at = {"x": f"{x:.1f}", "y": f"{y:.1f}", "dy": ".35em", "class": look}
-    SubElement(parent, "text", at).text = text

@@ -18,6 +18,8 @@ from stoker.errors import Refusal
 
 Recompute = Literal["none", "selective", "full"]
 Stages = tuple[tuple[int, ...], ...]
+#: What is sharded over dp: nothing, the optimizer, gradients as well, weights as well (FSDP).
+ZERO_STAGES = (0, 1, 2, 3)
 
 ORDERS: tuple[tuple[str, ...], ...] = tuple((*axes, "pp") for axes in FAMILIES.values())
 
@@ -27,7 +29,8 @@ class ParallelPlan:
     """Degrees of parallelism and what they imply.
 
     ``world_size`` ranks; ``global_batch`` and ``micro_batch`` in sequences (micro-batch: per data-parallel rank).
-    ``vpp`` chunks a pipeline rank; ``zero`` 1 shards the optimizer over dp, 0 replicates it.
+    ``vpp`` chunks a pipeline rank; ``zero`` shards over dp: 1 the optimizer, 2 gradients as well,
+    3 weights as well (FSDP); 0 nothing.
     ``recompute``: what backward runs again, ``selective`` each layer's mixer, ``full`` each layer.
     ``stages``: the layers of each of the pp*vpp chunks in order, chunk c living on pipeline rank c % pp; left out, the
     layers are balanced (``balanced_stages``).
@@ -60,8 +63,8 @@ class ParallelPlan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise Refusal(f"{name}={value!r} must be a positive integer")
-        if self.zero not in (0, 1):
-            raise Refusal(f"zero={self.zero!r}: 0 (replicated optimizer) or 1 (sharded over dp) is what exists")
+        if self.zero not in ZERO_STAGES:
+            raise Refusal(f"zero={self.zero!r}: choose one of {', '.join(map(str, ZERO_STAGES))}")
         if self.recompute not in get_args(Recompute):
             raise Refusal(f"recompute={self.recompute!r}: choose one of {', '.join(get_args(Recompute))}")
         if self.sequence_parallel and self.tp == 1:
@@ -223,7 +226,8 @@ class ParallelPlan:
         if self.vpp > 1:
             groups = f"groups of {self.microbatch_group_size()} micro-batches"
             schedule = f"interleaved 1F1B, {self.vpp} chunks a rank, {groups}"
-        optimizer = f"sharded over dp ({self.dp} parts)" if self.zero else "replicated over dp"
+        sharded = ("", "optimizer", "optimizer and gradients", "optimizer, gradients and weights")[self.zero]
+        optimizer = f"{sharded} sharded over dp ({self.dp} parts)" if self.zero else "optimizer replicated over dp"
         return "\n".join(
             (
                 f"{self.world_size} ranks, dense (fastest first): {dense}",
@@ -232,7 +236,7 @@ class ParallelPlan:
                 f" x {self.micro_batch}",
                 f"schedule: {schedule}",
                 f"stages: {stages}",
-                f"optimizer: {optimizer}; sequence parallel: {'on' if self.sequence_parallel else 'off'};"
+                f"{optimizer}; sequence parallel: {'on' if self.sequence_parallel else 'off'};"
                 f" recompute: {self.recompute}",
             )
         )

@@ -16,7 +16,44 @@ from typing import Literal
 from parallel.planning.plan import ParallelPlan, Recompute, nearest_divisors, nearest_multiples
 from stoker.errors import Refusal
 
-Kind = Literal["gemm", "grouped_gemm", "attention", "gated_delta", "kda", "conv", "elementwise", "lookup"]
+Kind = Literal["gemm", "grouped_gemm", "attention", "gated_delta", "kda", "ssm", "conv", "elementwise", "lookup"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product [rows, inner] x [inner, out], before sharding; ``cut`` is the dim that the operation's axes
+    shard (column or row parallel), None where every rank holds all of it.
+
+    ``visits`` of ``experts``: the product is one of each expert, a token visiting that many (1 of 1: a dense layer), so
+    an expert sees tokens * visits / experts rows. ``quantised``: it runs in a run's FP8 or FP4, where there is one;
+    head, router and gates do not.
+    """
+
+    out: int
+    inner: int
+    cut: Literal["out", "inner"] | None = None
+    experts: int = 1
+    visits: int = 1
+    quantised: bool = True
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a layer sends to other ranks for one axis, in bytes a token.
+
+    ``tp``: ``count`` regions, each entered by an all-gather and left by a reduce-scatter of ``bytes`` a token.
+    ``ep``: each token goes to ``visits`` of ``experts`` and comes back; ``bytes`` one copy of it. ``node_limit``: hosts
+    that a router lets a token visit (group-limited routing).
+    ``cp``: keys and values (softmax attention) or, with ``state`` set, a constant state a sequence (linear attention).
+    """
+
+    axis: Literal["tp", "ep", "cp"]
+    bytes: float
+    count: int = 1
+    visits: int = 1
+    experts: int = 1
+    state: bool = False
+    node_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +66,8 @@ class Operation:
     output's gradient and writes the input's gradient.
     ``saved_bytes``: kept for backward without recompute. A tensor that several operations need is counted with the one
     that makes it. ``remade``: part of the mixer, which selective recompute runs again in backward.
+    ``product``: its dims, where it is a matrix product. ``head_dim``: of attention, what its scores are summed over.
+    ``kernels``: what forward launches.
     """
 
     name: str
@@ -43,6 +82,9 @@ class Operation:
     saved_bytes: float = 0.0
     remade: bool = False
     gathered: bool = False
+    product: Product | None = None
+    head_dim: int | None = None
+    kernels: int = 1
 
     @property
     def forward_bytes(self) -> float:
@@ -72,6 +114,7 @@ class LayerWorkload:
     operations: tuple[Operation, ...]
     divisors: tuple[Divisor, ...] = ()
     stream_bytes: float | None = None
+    exchanges: tuple[Exchange, ...] = ()
 
     @property
     def parameters(self) -> int:

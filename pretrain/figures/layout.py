@@ -24,6 +24,11 @@ from pretrain.figures.record import Loads, Record
 LEVELS, FEW_LAYERS, READABLE = 5, 24, 24
 #: Groups of an axis that are listed.
 GROUPS = 32
+#: Predictions: name, unit and its size, keys of the value and of its bounds.
+PREDICTED = (
+    ("step time", "s", 1.0, ("step_time_s", "step_time_low_s", "step_time_high_s")),
+    ("memory of a rank", "GB", 1e9, ("memory_bytes", "memory_upper_bytes")),
+)
 #: Pixels.
 WIDTH, LABELS, ROW = 1040, 62, 24
 
@@ -145,12 +150,17 @@ def _stage_table(plan: ParallelPlan) -> Element:
 
 
 def predictions(record: Record) -> Element:
-    """What the plan predicted beside what was measured."""
+    """What the plan predicted beside what was measured. What is not of the trainer's own making is shown as it is."""
     times = [took for event in record.events if (took := event.timing.step_time_s) is not None]
-    told = [(f"Predicted {name}", str(value)) for name, value in record.predictions.items()]
-    return facts(
-        [
-            *(told or [("Predicted", f"{UNKNOWN}: the plan came without predictions")]),
-            ("Measured step time", f"{number(median(times))} s, median" if times else UNKNOWN),
-        ]
-    )
+    told = dict(record.predictions)
+    rows = []
+    for name, unit, scale, bounds in PREDICTED:
+        values = [told[key] for key in bounds if isinstance(told.get(key), (int, float))]
+        if len(values) == len(bounds):
+            best, *rest = (number(told.pop(key) / scale) for key in bounds)
+            words = f"{best} {unit} ({rest[0]} to {rest[1]})" if len(rest) == 2 else f"{best} {unit}, at most {rest[0]}"
+            rows.append((f"Predicted {name}", words))
+    rows += [(f"Predicted, {name}", str(value)) for name, value in told.items()]
+    measured = f"{number(median(times))} s, median" if times else UNKNOWN
+    none = [("Predicted", f"{UNKNOWN}: the plan came without predictions")]
+    return facts([*(rows or none), ("Measured step time", measured)])

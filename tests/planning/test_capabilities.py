@@ -20,6 +20,7 @@ from parallel.planning.capabilities import (
     smallest_plan,
     status,
 )
+from parallel.planning.execution import Execution
 from parallel.planning.plan import ParallelPlan
 from stoker.errors import Refusal
 
@@ -109,7 +110,9 @@ def test_p7_no_plan_is_made_of_what_does_not_go_together() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "axis cp is planned: .*own issue; use cp=1": (dict(cp=2), "float32", ()),
     "precision fp8 is planned: .*dtype=bfloat16": ({}, "fp8", ()),
-    "precision 'float16' is not known: choose one of float64, float32, bfloat16": ({}, "float16", ()),
+    "precision 'float8' is not known: choose one of float64, float32, bfloat16": ({}, "float8", ()),
+    "axis zero2 is model only: .*use zero=1": (dict(zero=2), "bfloat16", ()),
+    "axis fsdp is model only: .*use zero=1": (dict(zero=3), "bfloat16", ()),
     "schedule zero_bubble is model only": (dict(pp=2), "float32", ("zero_bubble",)),
     "dispatcher deepep is planned: .*use dispatcher alltoall": (dict(ep=2), "bfloat16", ("deepep",)),
     "feature 'zerobubble' is not known": ({}, "float32", ("zerobubble",)),
@@ -123,6 +126,51 @@ def test_p7_what_the_engine_cannot_run_is_refused_before_the_run(message: str) -
     with pytest.raises(Refusal, match=message) as refused_with:
         refuse_unsupported(plan, dtype, has_experts=True, others=others)
     assert "\n" not in str(refused_with.value)
+
+
+HOW: dict[str, tuple[dict[str, Any], Execution]] = {
+    "precision mxfp8 is planned: .*dtype=bfloat16": ({}, Execution("mxfp8")),
+    "schedule zero_bubble is model only: .*use vpp": (dict(pp=2), Execution(schedule="zero_bubble")),
+    "dispatcher hybridep is planned: .*alltoall": (dict(ep=2), Execution(dispatcher="hybridep")),
+    "dispatcher token_dropping is model only": ({}, Execution(routing="dropped")),
+    "recompute recompute_modules is model only: .*use recompute=": ({}, Execution(recompute_modules=("norm",))),
+    "overlap expert_overlap is model only: .*domain": (dict(ep=2), Execution(expert_overlap=True)),
+    "overlap tensor_overlap is model only: .*sequence": (dict(tp=2), Execution(tensor_overlap=True)),
+    "kernel cuda_graphs is model only: .*micro-batches": ({}, Execution(graphs="partial")),
+    "kernel fused_experts is model only: .*grouped_mm": ({}, Execution(fused_experts=True)),
+    "kernel fp8_attention is planned: .*bfloat16": ({}, Execution(fp8_attention=True)),
+    "offload offload_optimizer is model only: .*zero=1": ({}, Execution(offload=("optimizer",))),
+    "offload offload_activations is model only: .*full": ({}, Execution(offload=("activations",))),
+    "state narrow_state is model only: .*float32": ({}, Execution(gradient_bytes=2)),
+    "state narrow_state is model only: .*4 bytes": ({}, Execution(master_bytes=0)),
+    "axis hybrid_sharding is model only: .*zero=1": ({}, Execution(zero_parts=2)),
+}
+
+
+def plan_of(degrees: dict[str, Any]) -> ParallelPlan:
+    return ParallelPlan(8, 16, 1, num_layers=4, **degrees)
+
+
+@pytest.mark.parametrize("message", HOW)
+def test_p7_an_execution_that_the_engine_does_not_have_is_refused(message: str) -> None:
+    degrees, execution = HOW[message]
+    plan = plan_of(degrees)
+    with pytest.raises(Refusal, match=message):
+        refuse_unsupported(plan, execution, has_experts=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_what_the_engine_does_by_itself_is_not_refused(dtype: Any) -> None:
+    plan = ParallelPlan(8, 16, 1, num_layers=4, pp=2, vpp=2, ep=2)
+    masters = {} if dtype == "bfloat16" else {"master_bytes": 0}
+    refuse_unsupported(plan, Execution(dtype, **masters), has_experts=True)
+    assert features_of(plan, Execution(dtype)) == ["dp", "zero1", "pp", "vpp", "ep", dtype, "interleaved", "alltoall"]
+
+
+def test_every_field_of_an_execution_that_changes_how_it_runs_has_a_row() -> None:
+    named = {feature for degrees, execution in HOW.values() for feature in features_of(plan_of(degrees), execution)}
+    assert named >= {row.name for row in TABLE.values() if row.kind in ("state", "recompute", "overlap", "kernel")}
+    assert named >= {row.name for row in TABLE.values() if row.kind == "offload"}
 
 
 @pytest.mark.parametrize("axis", ["ep", "etp"])

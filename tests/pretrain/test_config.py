@@ -191,10 +191,12 @@ def test_axes_not_named_are_one_and_data_parallelism_takes_the_rest() -> None:
     assert (plan.tp, plan.pp, plan.dp, plan.stages) == (1, 2, 3, ((0, 1), (2, 3, 4)))
 
 
-def test_p7_parallel_auto_says_what_it_chose() -> None:
+def test_p7_parallel_auto_says_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))  # where no machine was ever measured
     said: list[str] = []
     plan = with_overrides("parallel=auto").plan(3, said.append)
     assert plan.dp == 3 and len(said) == 1 and "data parallelism over all 3 ranks" in said[0]
+    assert "`stoker plan calibrate`" in said[0]
     with_overrides("parallel.ep=2").plan(2, said.append)
     assert len(said) == 1
 
