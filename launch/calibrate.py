@@ -2,7 +2,8 @@
 
 Ranks measure products, copies and collectives, which become hardware files; then they train small models under a few
 layouts, each twice, in turns; the planner's constants are fitted to the times of their steps, and judged on models
-that were left out of the fit. All of it is kept for this machine (``parallel.planning.machine``), whole or not at all.
+that were left out of the fit. All of it is kept for this machine (``parallel/planning/hardware/this_machine.py``), whole
+or not at all.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import psutil
 from launch.calibration_fit import Fitted, constants, described, fitted
 from launch.calibration_runs import Timed, Training, finished, trainings, write_store
 from launch.machine import cores, cuda_devices
-from parallel.planning import machine
-from parallel.planning.calibration import Calibration
-from parallel.planning.machine import Measured
+from parallel.planning.hardware import this_machine as machine
+from parallel.planning.hardware.this_machine import Measured
+from parallel.planning.timing.calibration import Calibration
 from pretrain.step_probe import Figures, Ranks
 from stoker.progress import progress
 from stoker.version import VERSION, code_commit

@@ -10,12 +10,12 @@ from importlib import metadata
 import numpy as np
 
 from launch.calibration_runs import Timed
-from parallel.planning.calibration import CONSTANTS, Constant, load_calibration
-from parallel.planning.collectives import Span, all_gather_s
-from parallel.planning.fit import Observed, Runs, fit
-from parallel.planning.probe import with_measured
+from parallel.planning.hardware.collectives import Span, all_gather_s
+from parallel.planning.hardware.probe import with_measured
+from parallel.planning.timing.calibration import CONSTANTS, Constant, load_calibration
+from parallel.planning.timing.fit import Observed, Runs, fit
+from parallel.planning.timing.work import WorkTable
 from parallel.planning.topology import HardwareTopology
-from parallel.planning.work import WorkTable
 from pretrain.forecast import execution_of, workload_at
 from pretrain.step_probe import Figures
 

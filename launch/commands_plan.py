@@ -97,8 +97,8 @@ def design(
     as_json: Json = False,
 ) -> None:
     """Let the hardware choose the model: shapes that none beats in loss, cost of training and cost of serving."""
-    from parallel.planning.design import Question, search
-    from parallel.planning.design_report import report, to_json
+    from parallel.planning.design.report import report, to_json
+    from parallel.planning.design.search import Question, search
     from parallel.planning.topology import load_hardware
 
     question = Question(
@@ -133,11 +133,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Predict runs that were published from their layout columns, and compare."""
-    from parallel.planning import evaluate_report
-    from parallel.planning.calibration import load_calibration
-    from parallel.planning.evaluate import evaluate
-    from parallel.planning.published_rows import read_rows
-    from parallel.planning.regret import regrets
+    from parallel.planning.accuracy import report as evaluate_report
+    from parallel.planning.accuracy.evaluate import evaluate
+    from parallel.planning.accuracy.regret import regrets
+    from parallel.planning.published.rows import read_rows
+    from parallel.planning.timing.calibration import load_calibration
 
     judged = evaluate(read_rows(rows))
     few = not as_json and len(judged) <= FEW_ROWS

@@ -11,15 +11,15 @@ import typer
 
 from launch import commands_plan_words as words
 from launch.machine import choose_ranks, cores, cuda_devices
-from parallel.planning.calibration import Calibration, load_calibration
-from parallel.planning.judgement import Judgement
-from parallel.planning.judgement import explain as judge
-from parallel.planning.machine import this_machine
+from parallel.planning.hardware.settings import launch_settings
+from parallel.planning.hardware.this_machine import this_machine
 from parallel.planning.plan import balanced_stages
-from parallel.planning.planner import Answer, search
-from parallel.planning.problem import Problem
-from parallel.planning.scored import Scored, remembering_time
-from parallel.planning.settings import launch_settings
+from parallel.planning.search.judgement import Judgement
+from parallel.planning.search.judgement import explain as judge
+from parallel.planning.search.planner import Answer, search
+from parallel.planning.search.problem import Problem
+from parallel.planning.search.scored import Scored, remembering_time
+from parallel.planning.timing.calibration import Calibration, load_calibration
 from parallel.planning.topology import HardwareTopology, load_hardware
 from parallel.planning.workload import Workload
 from pretrain.config import ELEMENT_BYTES, RunConfig, load

@@ -7,13 +7,13 @@ from itertools import groupby
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from parallel.planning.judgement import Judgement
-from parallel.planning.memory import MemoryPrediction, StageMemory
+from parallel.planning.hardware.settings import launch_settings
+from parallel.planning.memory.prediction import MemoryPrediction, StageMemory
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.planner import Answer
-from parallel.planning.reasons import refusals
-from parallel.planning.scored import Scored, remembering_time
-from parallel.planning.settings import launch_settings
+from parallel.planning.search.judgement import Judgement
+from parallel.planning.search.planner import Answer
+from parallel.planning.search.reasons import refusals
+from parallel.planning.search.scored import Scored, remembering_time
 from parallel.planning.tables import aligned, percent
 
 if TYPE_CHECKING:

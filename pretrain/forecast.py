@@ -1,7 +1,7 @@
 """What the planner says of a run on this machine: the layout that ``parallel: auto`` takes, and how long a step takes.
 
-Both stand on ``parallel.planning.machine``: what is known of a CPU is what ``stoker plan calibrate`` measured there.
-No torch.
+Both stand on ``parallel/planning/hardware/this_machine.py``: what is known of a CPU is what ``stoker plan calibrate``
+measured there. No torch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from parallel.planning.execution import Execution
-from parallel.planning.machine import Known, this_machine
-from parallel.planning.memory import MemoryPrediction, predict_memory
+from parallel.planning.hardware.this_machine import Known, this_machine
+from parallel.planning.memory.prediction import MemoryPrediction, predict_memory
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.step_time import TimePrediction, predict_time
+from parallel.planning.timing.step_time import TimePrediction, predict_time
 from parallel.planning.workload import Workload
 from pretrain.workload import workload_of
 from stoker.errors import Refusal
@@ -83,8 +83,8 @@ def automatic(config: RunConfig, world_size: int, announce: Callable[[str], None
     Depends on what was measured on the machine that asks: of several hosts one decides (``pretrain.run.decide``).
     Raises Refusal where no layout divides the model and the batch, or none fits.
     """
-    from parallel.planning.planner import Problem, search
-    from parallel.planning.scored import remembering_time
+    from parallel.planning.search.planner import Problem, search
+    from parallel.planning.search.scored import remembering_time
 
     try:
         known = _known(config, world_size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kernels.chunk_size import CHUNK
-from parallel.planning import mixers
-from parallel.planning.operations import Part, Stream, assemble, layer, mlp, moe
+from parallel.planning.models import mixers
+from parallel.planning.models.operations import Part, Stream, assemble, layer, mlp, moe
 from parallel.planning.plan import ParallelPlan, nearest_multiples
 from parallel.planning.workload import Workload
 from pretrain.spec import Attention, Dense, FeedForward, GatedDelta, Kda, Mixer, ModelSpec, MoE

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from parallel.planning.quantities import Source, Sources, Values, read_quantities, write_quantities
+from parallel.planning.hardware.quantities import Source, Sources, Values, read_quantities, write_quantities
 from stoker.errors import Refusal
 from stoker.nearest import nearest
 

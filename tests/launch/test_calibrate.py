@@ -20,15 +20,15 @@ from launch import calibrate as command
 from launch import calibration_runs
 from launch.calibration_fit import constants, described, fitted, link
 from launch.calibration_runs import Timed, finished, trainings, write_store
-from parallel.planning import machine
-from parallel.planning.calibration import Calibration
-from parallel.planning.collectives import Span, all_gather_s
-from parallel.planning.fit import Observed, Runs
-from parallel.planning.machine import Measured
+from parallel.planning.hardware import this_machine as machine
+from parallel.planning.hardware.collectives import Span, all_gather_s
+from parallel.planning.hardware.probe import cpu_topology
+from parallel.planning.hardware.this_machine import Measured
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.probe import cpu_topology
+from parallel.planning.timing.calibration import Calibration
+from parallel.planning.timing.fit import Observed, Runs
+from parallel.planning.timing.work import WorkTable
 from parallel.planning.topology import HardwareTopology
-from parallel.planning.work import WorkTable
 from pretrain import events, forecast
 from pretrain.config import RunConfig, load
 from pretrain.run import World, _begin, decide, main, validate

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launch.commands_plan import tokens
-from parallel.planning.published_rows import TABLE
+from parallel.planning.published.rows import TABLE
 from pretrain.config import load
 from stoker.errors import Refusal
 from tests.house.sources import HOME

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning.closed_form import bubble_fraction, closed_step_s, zero_bubble_step_s
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.schedule import interleaved, one_f_one_b, zb_h1
-from parallel.planning.simulator import Durations, simulate
+from parallel.planning.timing.closed_form import bubble_fraction, closed_step_s, zero_bubble_step_s
+from parallel.planning.timing.simulator import Durations, simulate
 
 
 def group_size(p: int, m: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning.collectives import (
+from parallel.planning.hardware.collectives import (
     PUBLISHED,
     LinkEfficiency,
     Span,

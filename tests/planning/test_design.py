@@ -9,14 +9,24 @@ from functools import cache
 
 import pytest
 
-from parallel.planning.design import COST_STEP, FRACTIONS, LOSS_STEP, Cell, Choice, Front, Predictor, Question, search
-from parallel.planning.design_report import report, to_json
+from parallel.planning.design.report import report, to_json
+from parallel.planning.design.scaling_laws import JOINT, RATIO_LOSS
+from parallel.planning.design.search import (
+    COST_STEP,
+    FRACTIONS,
+    LOSS_STEP,
+    Cell,
+    Choice,
+    Front,
+    Predictor,
+    Question,
+    search,
+)
+from parallel.planning.design.serving import serve
+from parallel.planning.design.shapes import HEAD_DIM, TILE, Shape, shapes
+from parallel.planning.design.throughput import EXPERT_ROWS, STATE, STATE_SHARE, Throughput, layouts, short_list, usable
 from parallel.planning.execution import Execution
-from parallel.planning.memory import predict_memory
-from parallel.planning.scaling_laws import JOINT, RATIO_LOSS
-from parallel.planning.serving import serve
-from parallel.planning.shapes import HEAD_DIM, TILE, Shape, shapes
-from parallel.planning.throughput import EXPERT_ROWS, STATE, STATE_SHARE, Throughput, layouts, short_list, usable
+from parallel.planning.memory.prediction import predict_memory
 from parallel.planning.topology import hardware_names, load_hardware
 from parallel.planning.workload import Workload, check_divisibility
 from stoker import canonical

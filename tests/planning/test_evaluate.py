@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from parallel.planning.accuracy import gpu_kind, measure, publication
-from parallel.planning.accuracy_page import page
-from parallel.planning.calibration import CONSTANTS, Calibration, load_calibration, priors
-from parallel.planning.evaluate import GB, Judged, evaluate, fitting, observed, read
-from parallel.planning.evaluate_report import constants, report, to_json
-from parallel.planning.fit import Observed, Runs
-from parallel.planning.metrics import Errors, choices, coverage, noise, rank_correlation, rankings, timed
-from parallel.planning.published_rows import TABLE, Published, Row, read_rows
-from parallel.planning.targets import Target, targets
+from parallel.planning.accuracy.evaluate import GB, Judged, evaluate, fitting, observed, read
+from parallel.planning.accuracy.held_out import gpu_kind, measure, publication
+from parallel.planning.accuracy.metrics import Errors, choices, coverage, noise, rank_correlation, rankings, timed
+from parallel.planning.accuracy.page import page
+from parallel.planning.accuracy.report import constants, report, to_json
+from parallel.planning.accuracy.targets import Target, targets
+from parallel.planning.published.rows import TABLE, Published, Row, read_rows
+from parallel.planning.timing.calibration import CONSTANTS, Calibration, load_calibration, priors
+from parallel.planning.timing.fit import Observed, Runs
 
 ROOT = Path(__file__).parents[2]
 BELIEVED = Calibration(priors(), {"dense": 1.2, "moe": 1.3}, {})

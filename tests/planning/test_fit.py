@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from parallel.planning.calibration import CONSTANTS, efficiencies, priors
 from parallel.planning.execution import Execution
-from parallel.planning.fit import Observed, Runs, fit
-from parallel.planning.mixers import attention
-from parallel.planning.operations import Stream, assemble, layer, mlp
+from parallel.planning.models.mixers import attention
+from parallel.planning.models.operations import Stream, assemble, layer, mlp
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.step_time import steps_s
+from parallel.planning.timing.calibration import CONSTANTS, efficiencies, priors
+from parallel.planning.timing.fit import Observed, Runs, fit
+from parallel.planning.timing.step_time import steps_s
+from parallel.planning.timing.work import WorkTable
 from parallel.planning.topology import load_hardware
-from parallel.planning.work import WorkTable
 
 TRUTH = priors() | {"product": 0.58, "attention": 0.7, "memory": 0.33, "links": 0.82, "stack.fsdp": -0.3}
 

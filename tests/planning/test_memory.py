@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.planning.execution import Execution
-from parallel.planning.memory import ALLOCATED, OUTSIDE, MemoryPrediction, StageMemory, predict_memory
-from parallel.planning.memory_flight import flight
-from parallel.planning.mixers import attention, latent_attention
-from parallel.planning.operations import Stream, assemble, embedding, head, layer, mlp, moe
+from parallel.planning.memory.flight import flight
+from parallel.planning.memory.prediction import ALLOCATED, OUTSIDE, MemoryPrediction, StageMemory, predict_memory
+from parallel.planning.models.mixers import attention, latent_attention
+from parallel.planning.models.operations import Stream, assemble, embedding, head, layer, mlp, moe
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.published import Run, interpret, published, read_rows
+from parallel.planning.published.runs import Run, interpret, published, read_rows
 from parallel.planning.schedule import Table, interleaved, one_f_one_b, zb_h1
 from parallel.planning.topology import load_hardware
 from parallel.planning.workload import Workload

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.planning.architectures import Architecture, Form, architecture_of, architectures, workload_from
-from parallel.planning.mixers import attention, latent_attention, mamba2, mean_keys
-from parallel.planning.operations import MODULES, Part, Stream, assemble, head, layer, mlp, moe, with_mtp
+from parallel.planning.models.architectures import Architecture, Form, architecture_of, architectures, workload_from
+from parallel.planning.models.mixers import attention, latent_attention, mamba2, mean_keys
+from parallel.planning.models.operations import MODULES, Part, Stream, assemble, head, layer, mlp, moe, with_mtp
 from parallel.planning.workload import LayerWorkload, Operation, Workload
 
 NAMED = [entry for entry in architectures() if entry.layers and not entry.unmodelled]

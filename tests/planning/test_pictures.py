@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element, tostring
 import pytest
 
 from parallel.planning.execution import Execution
-from parallel.planning.memory import ALLOCATED, OUTSIDE, MemoryPrediction, StageMemory
+from parallel.planning.memory.prediction import ALLOCATED, OUTSIDE, MemoryPrediction, StageMemory
 from parallel.planning.pictures.memory_bars import memory_picture
 from parallel.planning.pictures.plan import plan_pictures, plan_timeline
 from parallel.planning.pictures.rack import MAX_DEVICES, domains_shown, rack_picture
@@ -23,8 +23,8 @@ from parallel.planning.pictures.timeline import MAX_WORKS, WAITS, timeline_pictu
 from parallel.planning.placement import place
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.schedule import Table, dual_pipe, interleaved, one_f_one_b, zb_h1
-from parallel.planning.simulator import Durations, Timeline, simulate
-from parallel.planning.step_time import PARTS, StageTime, TimePrediction
+from parallel.planning.timing.simulator import Durations, Timeline, simulate
+from parallel.planning.timing.step_time import PARTS, StageTime, TimePrediction
 from parallel.planning.topology import HardwareTopology, load_hardware
 from parallel.planning.workload import Workload
 from pretrain.figures.plan import plan_page

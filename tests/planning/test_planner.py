@@ -15,25 +15,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning import planner
-from parallel.planning.bounds import Bounds
-from parallel.planning.calibration import Calibration, priors
-from parallel.planning.candidates import Space
 from parallel.planning.capabilities import refuse_unsupported
 from parallel.planning.execution import Execution
-from parallel.planning.judgement import explain
-from parallel.planning.memory import predict_memory
-from parallel.planning.mixers import attention, gated_delta, latent_attention
-from parallel.planning.operations import Stream, assemble, layer, mlp, moe
+from parallel.planning.memory.prediction import predict_memory
+from parallel.planning.models.mixers import attention, gated_delta, latent_attention
+from parallel.planning.models.operations import Stream, assemble, layer, mlp, moe
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.planner import Answer
-from parallel.planning.problem import Problem
-from parallel.planning.reasons import CAUSES, indistinct, why_slower
-from parallel.planning.scored import Scored, remembering_time
-from parallel.planning.stages import CHUNKS, StageChoice
-from parallel.planning.step_time import PARTS
+from parallel.planning.search import planner
+from parallel.planning.search.bounds import Bounds
+from parallel.planning.search.candidates import Space
+from parallel.planning.search.judgement import explain
+from parallel.planning.search.planner import Answer
+from parallel.planning.search.problem import Problem
+from parallel.planning.search.reasons import CAUSES, indistinct, why_slower
+from parallel.planning.search.scored import Scored, remembering_time
+from parallel.planning.search.stages import CHUNKS, StageChoice
+from parallel.planning.search.ways import Ways
+from parallel.planning.timing.calibration import Calibration, priors
+from parallel.planning.timing.step_time import PARTS
 from parallel.planning.topology import HardwareTopology, load_hardware
-from parallel.planning.ways import Ways
 from parallel.planning.workload import Workload, check_divisibility
 from pretrain.config import load, parse
 from pretrain.workload import workload_of
@@ -505,7 +505,7 @@ def test_a_name_or_value_that_is_none_is_refused_with_the_nearest(text: str, mes
 
 def test_p9_planning_loads_neither_torch_nor_what_is_slow_to_load() -> None:
     code = (
-        "import sys, parallel.planning.planner, parallel.planning.judgement\n"
+        "import sys, parallel.planning.search.planner, parallel.planning.search.judgement\n"
         "slow = {'torch', 'megatron', 'numba', 'zarr', 'wandb', 'pydantic', 'scipy', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(slow)) or 0)"
     )

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.planning import probe
-from parallel.planning.probe import cpu_topology, fill_unknown, gpu_machine, parse_nvidia_smi, with_measured
+from parallel.planning.hardware import probe
+from parallel.planning.hardware.probe import cpu_topology, fill_unknown, gpu_machine, parse_nvidia_smi, with_measured
 from parallel.planning.topology import load_hardware, save_hardware
 from stoker.errors import Refusal
 

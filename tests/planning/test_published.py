@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from parallel.planning.architectures import architecture_of
-from parallel.planning.published import Run, Skipped, flops_per_token, interpret, published
-from parallel.planning.published_plan import layout_counts
-from parallel.planning.published_recipes import recipe_of, recipes
-from parallel.planning.published_rows import Published, Row, read_rows
+from parallel.planning.models.architectures import architecture_of
+from parallel.planning.published.plans import layout_counts
+from parallel.planning.published.recipes import recipe_of, recipes
+from parallel.planning.published.rows import Published, Row, read_rows
+from parallel.planning.published.runs import Run, Skipped, flops_per_token, interpret, published
 from stoker.errors import Refusal
 
 ROWS = read_rows()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning.scaling_laws import (
+from parallel.planning.design.scaling_laws import (
     EPOCH,
     HOFFMANN,
     JOINT,
@@ -253,5 +253,5 @@ def _split(law: LossLaw, flops: float) -> tuple[float, float]:
 
 
 def test_laws_are_there_without_scipy_or_numpy() -> None:
-    code = "import sys, parallel.planning.scaling_laws; assert not {'scipy', 'numpy'} & set(sys.modules)"
+    code = "import sys, parallel.planning.design.scaling_laws; assert not {'scipy', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

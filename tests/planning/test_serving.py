@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning.mixers import attention, latent_attention
-from parallel.planning.operations import Stream, assemble, layer, mlp, moe
-from parallel.planning.serving import (
+from parallel.planning.design.serving import (
     ENOUGH,
     FEWER,
     RESERVED_BYTES,
@@ -24,6 +22,8 @@ from parallel.planning.serving import (
     latent,
     serve,
 )
+from parallel.planning.models.mixers import attention, latent_attention
+from parallel.planning.models.operations import Stream, assemble, layer, mlp, moe
 from parallel.planning.topology import HardwareTopology, load_hardware
 from parallel.planning.workload import Workload
 from stoker.errors import Refusal

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.planning.execution import Execution
+from parallel.planning.hardware.settings import LaunchSettings, launch_settings
 from parallel.planning.placement import local_block, place
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.settings import LaunchSettings, launch_settings
 from parallel.planning.topology import hardware_names, load_hardware
 from stoker.errors import Refusal
 

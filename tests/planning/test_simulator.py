@@ -25,7 +25,7 @@ from parallel.planning.schedule import (
     zb_h1,
     zb_v,
 )
-from parallel.planning.simulator import Durations, simulate
+from parallel.planning.timing.simulator import Durations, simulate
 from stoker.errors import Refusal
 
 

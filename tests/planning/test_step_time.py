@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.planning.calibration import CONSTANTS, Calibration, Efficiencies, load_calibration, priors
 from parallel.planning.execution import Execution
-from parallel.planning.mixers import attention
-from parallel.planning.operations import Stream, assemble, layer, mlp, moe
+from parallel.planning.models.mixers import attention
+from parallel.planning.models.operations import Stream, assemble, layer, mlp, moe
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.schedule import table_of
-from parallel.planning.simulator import Durations, simulate
-from parallel.planning.step_time import PARTS, critical_path, predict_time, steps_s
+from parallel.planning.timing.calibration import CONSTANTS, Calibration, Efficiencies, load_calibration, priors
+from parallel.planning.timing.simulator import Durations, simulate
+from parallel.planning.timing.step_time import PARTS, critical_path, predict_time, steps_s
+from parallel.planning.timing.work import COLUMN, COLUMNS, StepWork, WorkTable, stacked
 from parallel.planning.topology import hardware_names, load_hardware
-from parallel.planning.work import COLUMN, COLUMNS, StepWork, WorkTable, stacked
 from parallel.planning.workload import Workload
 
 H100, GB200 = load_hardware("h100"), load_hardware("gb200-nvl72")

@@ -188,9 +188,10 @@ def test_topologies_are_cache_keys_that_differ_with_their_numbers() -> None:
 
 
 def test_planning_hardware_needs_no_heavy_library() -> None:
-    code = "import sys; from parallel.planning import topology, placement, settings, probe; print(*sys.modules)"
+    names = "topology, placement; from parallel.planning.hardware import settings, probe"
+    code = f"import sys; from parallel.planning import {names}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PRESETS.parents[2], check=True
     )
     heavy = {"torch", "megatron", "numba", "zarr", "wandb", "pydantic", "scipy"}
-    assert "parallel.planning.probe" in done.stdout.split() and not heavy & set(done.stdout.split())
+    assert "parallel.planning.hardware.probe" in done.stdout.split() and not heavy & set(done.stdout.split())

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.planning.execution import Execution
-from parallel.planning.mixers import attention, gated_delta
-from parallel.planning.operations import Stream, assemble, layer, mlp, moe
+from parallel.planning.models.mixers import attention, gated_delta
+from parallel.planning.models.operations import Stream, assemble, layer, mlp, moe
 from parallel.planning.plan import ParallelPlan
+from parallel.planning.timing.work import BACKWARD, COLUMN, FORWARD, INNER_HALF, WorkTable, products_s, stacked
 from parallel.planning.topology import load_hardware
-from parallel.planning.work import BACKWARD, COLUMN, FORWARD, INNER_HALF, WorkTable, products_s, stacked
 from parallel.planning.workload import Workload
 
 H100 = load_hardware("h100")

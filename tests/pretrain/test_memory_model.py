@@ -22,8 +22,8 @@ from parallel.engine.groups import USED, Groups, create
 from parallel.engine.pipeline import Pipeline, megatron_config
 from parallel.engine.replicas import Replicas
 from parallel.planning.execution import Execution
-from parallel.planning.memory import LOGIT_BYTES, predict_memory
-from parallel.planning.memory_blocks import Cut, block_memory
+from parallel.planning.memory.blocks import Cut, block_memory
+from parallel.planning.memory.prediction import LOGIT_BYTES, predict_memory
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.topology import load_hardware
 from pretrain.model.batch import MicroBatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element
 
-from parallel.planning.memory import MemoryPrediction, StageMemory
+from parallel.planning.memory.prediction import MemoryPrediction, StageMemory
 from parallel.planning.pictures.shapes import (
     MARGIN,
     PALETTE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parallel.planning.drawings import axes, layers_drawing
 from parallel.planning.execution import Execution
-from parallel.planning.memory import MemoryPrediction
+from parallel.planning.memory.prediction import MemoryPrediction
 from parallel.planning.pictures.memory_bars import memory_picture
 from parallel.planning.pictures.rack import rack_picture
 from parallel.planning.pictures.roofline import Predict, layer_points, roofline_picture
@@ -13,8 +13,8 @@ from parallel.planning.pictures.timeline import timeline_picture
 from parallel.planning.placement import place
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.schedule import Table, interleaved, one_f_one_b, zb_h1
-from parallel.planning.simulator import Durations, Timeline, simulate
-from parallel.planning.step_time import StageTime, TimePrediction, predict_time
+from parallel.planning.timing.simulator import Durations, Timeline, simulate
+from parallel.planning.timing.step_time import StageTime, TimePrediction, predict_time
 from parallel.planning.topology import HardwareTopology
 from parallel.planning.workload import Workload
 

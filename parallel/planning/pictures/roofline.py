@@ -29,7 +29,7 @@ from parallel.planning.pictures.shapes import (
     text,
 )
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.step_time import TimePrediction, predict_time
+from parallel.planning.timing.step_time import TimePrediction, predict_time
 from parallel.planning.topology import HardwareTopology
 from parallel.planning.workload import LayerWorkload, Operation, Workload
 

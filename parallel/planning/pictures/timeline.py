@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from parallel.planning.pictures.shapes import MARGIN, WIDTH, Picture, across, cell, down, fits, number, svg, text, ticks
-from parallel.planning.simulator import Event, Timeline
+from parallel.planning.timing.simulator import Event, Timeline
 
 #: Look and words of each kind of work, on a rank's even chunks and on its odd ones.
 LOOKS = {"F": ("c0", "c5"), "B": ("c1", "c4"), "I": ("c1", "c4"), "W": ("c2", "c6")}
