@@ -2,8 +2,8 @@
 
 Ranks measure products, copies and collectives, which become hardware files; then they train small models under a few
 layouts, each twice, in turns; the planner's constants are fitted to the times of their steps, and judged on models
-that were left out of the fit. All of it is kept for this machine (``parallel/planning/hardware/this_machine.py``), whole
-or not at all.
+that were left out of the fit. All of it is kept for this machine (``parallel/planning/hardware/this_machine.py``), or
+nothing is.
 """
 
 from __future__ import annotations

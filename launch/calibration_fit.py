@@ -58,16 +58,20 @@ def fitted(timed: Sequence[Timed], hardware: Mapping[int, HardwareTopology], con
     """Constants that explain the trainings, and how far they can be trusted for models that they were not fitted to."""
     observed = [_observed(run, hardware[run.training.ranks]) for run in timed]
     models = np.array([run.training.model.name for run in timed])
+    is_anchor = np.array([run.training.model.anchor for run in timed])
     values = fit(observed, constants=constants)
-    fitted_s, held_out_s = Runs(observed).predict(values), np.zeros(len(observed))
-    for model in dict.fromkeys(models):
+    fitted_s = Runs(observed).predict(values)
+    held_out_s = fitted_s.copy()
+    for model in dict.fromkeys(models[~is_anchor]):
         others = [run for run, name in zip(observed, models, strict=True) if name != model]
-        left = np.flatnonzero(models == model)
-        without = fit(others, start=values, constants=constants)
-        held_out_s[left] = Runs([observed[index] for index in left]).predict(without)
+        if others:
+            left = np.flatnonzero(models == model)
+            without = fit(others, start=values, constants=constants)
+            held_out_s[left] = Runs([observed[index] for index in left]).predict(without)
     errors = np.abs(np.log(held_out_s / [run.step_s for run in timed]))
     is_moe = np.array([run.config.model.moe is not None for run in timed])
-    spreads = {kind: _spread(errors[chosen]) for kind, chosen in (("dense", ~is_moe), ("moe", is_moe)) if chosen.any()}
+    judged = {"dense": ~is_moe & ~is_anchor, "moe": is_moe & ~is_anchor}
+    spreads = {kind: _spread(errors[chosen]) for kind, chosen in judged.items() if chosen.any()}
     return Fitted(values, spreads, fitted_s, held_out_s)
 
 

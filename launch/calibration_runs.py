@@ -6,7 +6,7 @@ None has the shape of a preset: what is fitted to these is to hold for others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +32,10 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Model:
-    """``layers`` and the sections that they use, as in a configuration; ``windows``: of a step and of a micro-batch."""
+    """``layers`` and the sections that they use, as in a configuration; ``windows``: of a step and of a micro-batch.
+
+    ``anchor``: it weighs constants that no other does, so that no fit goes without it and none is judged by it.
+    """
 
     name: str
     width: int
@@ -41,6 +44,7 @@ class Model:
     seq_len: int
     windows: tuple[int, int]
     sections: Sections
+    anchor: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ def _on_cpu() -> Iterator[Training]:
     mixed = ["attention/moe", "gated_delta/moe", "gated_delta/moe"]
     tensor, sequence, pipeline = {"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}
     # Many operations that do next to nothing: what an operation costs, and what a step does, whatever is in it.
-    yield from runs(model(32, 512, [attention] * 8, 64, (1, 1)), True)
-    yield from runs(model(32, 512, [attention] * 8, 64, (8, 1)), True, {}, tensor)
+    for windows, layouts in (((1, 1), ()), ((8, 1), ({}, tensor))):
+        thin = replace(model(32, 512, [attention] * 8, 64, windows), anchor=True)
+        yield from runs(thin, True, *layouts)
     # Wide products; a large vocabulary; long windows.
     yield from runs(model(256, 1024, [attention] * 4, 128, (8, 4)), True, {}, sequence)
     yield from runs(model(160, 6144, [attention] * 2, 128, (8, 4)), True, pipeline)

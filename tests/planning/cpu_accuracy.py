@@ -63,6 +63,9 @@ class Case:
     ranks: int
     layout: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"{self.name}|{self.ranks}|{' '.join(self.layout)}"
+
     def overrides(self, folder: Path) -> list[str]:
         quiet = ["log.wandb=off", "log.quiet=true", "data.heldout={}", "checkpoint.every=null"]
         layout = [f"parallel.{degree}" for degree in self.layout]

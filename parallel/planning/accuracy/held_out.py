@@ -44,12 +44,14 @@ Fit = Callable[[Sequence[Observed]], dict[str, float]]
 @dataclass(frozen=True)
 class Accuracy:
     """Rows of the table, each predicted by constants fitted to all runs (``fitted``), to those of other publications
-    (``by_source``) and to those on other kinds of GPU (``by_gpu``). ``calibration``: the first of these, with error
-    bars from the second. ``regrets``: of the planner's own layouts, by row."""
+    (``by_source``) and to those on other kinds of GPU (``by_gpu``), kinds of one chip held out together (``by_chip``).
+    ``calibration``: the first of these, with error bars from the second. ``regrets``: of the planner's own layouts, by
+    row."""
 
     fitted: list[Judged]
     by_source: list[Judged]
     by_gpu: list[Judged]
+    by_chip: list[Judged]
     calibration: Calibration
     regrets: Mapping[int, Regret]
 
@@ -64,6 +66,11 @@ def publication(judged: Judged) -> str:
 
 
 def gpu_kind(judged: Judged) -> str:
+    """A kind of GPU, as the table tells them apart: "A100-40GB" is another than "A100"."""
+    return judged.tag("gpu")
+
+
+def chip(judged: Judged) -> str:
     """ "A100" of "A100-40GB"."""
     return judged.tag("gpu").split("-")[0]
 
@@ -92,9 +99,15 @@ def measure(judged: Sequence[Judged], fit: Fit = fit, search: bool = True, date:
     values = fit_to(modelled)
     all_rows = {each.row: each for each in judged} | {each.row: each for each in predicted(modelled, values)}
     by_source, by_gpu = held_out(publication), held_out(gpu_kind)
+    siblings = {chip(each) for each in modelled if chip(each) != gpu_kind(each)}
+    by_chip = {each.row: each for each in by_gpu}
+    for name in sorted(siblings):
+        theirs = [each for each in modelled if chip(each) == name]
+        values_without = fit_to(each for each in modelled if chip(each) != name)
+        by_chip |= {each.row: each for each in predicted(theirs, values_without)}
     fitted = list(all_rows.values())
     found = Calibration(values, _spreads(by_source), _provenance(fitting(modelled), date))
-    return Accuracy(fitted, by_source, by_gpu, found, regrets(fitted, found) if search else {})
+    return Accuracy(fitted, by_source, by_gpu, list(by_chip.values()), found, regrets(fitted, found) if search else {})
 
 
 def _rounded(value: float) -> float:
