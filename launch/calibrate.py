@@ -36,7 +36,7 @@ COUNTS, TRAINING_RANKS = (1, 2, 4, 8), 2
 ROUNDS = 2
 #: Share of the cores that others may take while a training runs; beyond, it runs once more.
 OTHERS = 0.08
-#: Seconds after which no training runs once more.
+#: Seconds after which no training runs again.
 LONGEST_S = 150.0
 
 
@@ -45,7 +45,7 @@ def calibrate(announce: Callable[[str], None] = print) -> Measured:
     began, devices, topology = time.monotonic(), cuda_devices(), machine.here()
     counts = [count for count in COUNTS if count <= (devices or cores())]
     runs = trainings(min(max(counts), TRAINING_RANKS), devices > 0)
-    announce(f"measuring {topology.device.name}: {len(runs)} short trainings, each twice, in about three minutes")
+    announce(f"measuring {topology.device.name}: {len(runs)} short trainings, in about three minutes")
     with tempfile.TemporaryDirectory(prefix="stoker-calibrate-") as scratch:
         folder = Path(scratch)
         write_store(folder)
@@ -104,7 +104,7 @@ def _runs_told(timed: Sequence[Timed], found: Fitted) -> Iterator[str]:
             f"{fitted_s:7.4f} {fitted_s / run.step_s - 1:+4.0%} {held_out_s:7.4f} {held_out_s / run.step_s - 1:+4.0%}"
         )
         disturbed = f"  others took {run.others:.0%} of the cores" if run.others > OTHERS else ""
-        yield f"  {run.training!s:52} {run.step_s:7.4f} {errors}{disturbed}"
+        yield f"  {run.training!s:58} {run.step_s:7.4f} {errors}{disturbed}"
     spread = ", ".join(f"{kind} x{factor:.2f}" for kind, factor in found.spreads.items())
     yield f"four of five predictions should lie within: {spread}"
     if count := sum(run.others > OTHERS for run in timed):
@@ -114,7 +114,7 @@ def _runs_told(timed: Sequence[Timed], found: Fitted) -> Iterator[str]:
 def _train(
     ranks: Ranks, runs: Sequence[Training], folder: Path, began: float, advance: Callable[[], None]
 ) -> list[Timed]:
-    """Every training in turns; one that others disturbed each time runs again while there is time."""
+    """Every training once; while there is time, all of them again, in turns, and then those that others disturbed."""
     best: dict[int, Timed] = {}
 
     def run(index: int) -> None:
@@ -122,13 +122,13 @@ def _train(
         if index not in best or timed.step_s < best[index].step_s:
             best[index] = timed
 
-    for _ in range(ROUNDS):
-        for index in range(len(runs)):
-            run(index)
+    disturbed: list[int] = []
+    for number in range(ROUNDS + 1):
+        for index in range(len(runs)) if number < ROUNDS else disturbed:
+            if number == 0 or time.monotonic() - began < LONGEST_S:
+                run(index)
             advance()
-    for index in sorted(best, key=lambda index: -best[index].others):
-        if best[index].others > OTHERS and time.monotonic() - began < LONGEST_S:
-            run(index)
+        disturbed = [index for index in best if best[index].others > OTHERS]
     return [best[index] for index in range(len(runs))]
 
 

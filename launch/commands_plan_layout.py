@@ -54,7 +54,7 @@ def show(asked: Asked, html: Path | None = None, as_json: bool = False) -> None:
     if asked.gpus is not None and asked.gpus < 1:
         raise Refusal(f"--gpus {asked.gpus}: a layout needs one device at least")
     config = load(asked.config, asked.overrides)
-    if asked.hardware is None and not (asked.explain or asked.what_if or html):
+    if asked.hardware is None and asked.explain is None and not (asked.what_if or html):
         _show_here(config, asked.gpus, as_json)
         return
     planned = _plan(asked, config)
@@ -154,8 +154,8 @@ def _plan(asked: Asked, config: RunConfig) -> Planned:
         what_if=asked.what_if,
     )
     timed = remembering_time(calibration)
-    own = asked.explain or _own_layout(config)
-    judged = judge(problem, own, timed) if own else None
+    own = asked.explain if asked.explain is not None else _own_layout(config)
+    judged = judge(problem, own, timed) if own is not None else None
     # Where nothing fits, the search says what is missing.
     answer = judged.answer if judged and judged.answer else search(problem, timed)
     return Planned(asked, config, problem.workload, answer, judged, calibration, basis, [])

@@ -402,7 +402,33 @@ def test_p7_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cell", "wanted"), [("1.5", "a whole number"), ("x", "a whole number"), ("-1", "a whole number")]
 )
-def test_p7_a_cell_that_is_no_number_is_refused_by_row_and_column(tmp_path: Path, cell: str, wanted: str) -> None:
+def test_p7_a_row_with_a_cell_that_is_no_number_is_left_out_by_its_column(
+    tmp_path: Path, cell: str, wanted: str
+) -> None:
     good = "x,Llama-3-8B,8192,128,1,H100,8,BF16,1,1,,,,,,none,"
-    with pytest.raises(Refusal, match=f"row 1 .*column micro_batch: '{cell}' is not {wanted}"):
-        read_rows(table(tmp_path, HEADER, good, good.replace(",128,1,", f",128,{cell},")))
+    sound, bad = read_rows(table(tmp_path, HEADER, good, good.replace(",128,1,", f",128,{cell},")))
+    assert isinstance(interpret(sound), Run)
+    left = interpret(bad)
+    assert isinstance(left, Skipped)
+    assert left.reason == f"column micro_batch: {cell!r} is not {wanted}, 0 or more"
+
+
+def test_p7_a_measured_cell_that_is_no_number_was_not_published(tmp_path: Path) -> None:
+    path = table(tmp_path, f"{HEADER},step_time_s", "x,Llama-3-8B,8192,128,1,H100,8,BF16,1,1,,,,,,none,,~1.2")
+    (row,) = read_rows(path)
+    assert row.measured.step_time_s is None
+    assert isinstance(interpret(row), Run)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"topk": 99, "experts": 8}, "topk=99 of experts=8"),
+        ({"heads": 7, "kv_heads": 8}, "does not divide heads"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"gpu": "GH200"}, "none of the presets"),
+    ],
+)
+def test_p7_a_row_that_cannot_be_is_left_out_with_the_reason(change: dict[str, object], reason: str) -> None:
+    left = interpret(replace(ROWS[25], **change))  # type: ignore[arg-type]
+    assert isinstance(left, Skipped) and reason in left.reason

@@ -153,3 +153,12 @@ def test_constants_are_few_and_named_once() -> None:
     assert len(CONSTANTS) <= 40
     assert len({constant.name for constant in CONSTANTS}) == len(CONSTANTS)
     assert set(load_calibration().values) == {constant.name for constant in CONSTANTS}
+
+
+def test_hardware_without_fitted_runs_has_a_wider_bar() -> None:
+    seen, unseen = (
+        predict_time(model(), plan_of(8), Execution(), load_hardware(name)) for name in ("h100", "trainium2")
+    )
+    unknown = seen.parts["not explained"]
+    assert unseen.high_s / unseen.step_s > seen.high_s / seen.step_s
+    assert seen.high_s - seen.step_s > unknown, "what is not explained may be twice as much"

@@ -61,6 +61,9 @@ class Question:
         for name in ("gpus", "days", "serve_context", "seq_len", "batch_tokens", "data_tokens", "vocab"):
             if not getattr(self, name) > 0:
                 raise Refusal(f"{name}={getattr(self, name)} must be above zero")
+        for name in ("days", "price_per_hour"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise Refusal(f"{name}={value} must be above zero and finite")
         if self.batch_tokens % self.seq_len:
             raise Refusal(f"batch_tokens={self.batch_tokens} must be whole windows of seq_len={self.seq_len}")
         for precision in (self.precision, self.serve_precision):

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from parallel.planning.hardware.probe import probe
-from parallel.planning.timing.calibration import FORMAT, VERSION, Calibration, load_calibration
+from parallel.planning.timing.calibration import CONSTANTS, FORMAT, VERSION, Calibration, load_calibration
 from parallel.planning.topology import HardwareTopology, load_hardware, save_hardware
 from stoker import formats
 from stoker.errors import Refusal
@@ -106,7 +106,7 @@ def load(folder: Path) -> Measured | None:
         files: Mapping[str, str] = calibration.provenance["hardware"]
         return Measured({int(ranks): load_hardware(str(folder / name)) for ranks, name in files.items()}, calibration)
     except (Refusal, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Refusal(f"{path}: the measurements of this machine are damaged ({error}): {MEASURE} again") from None
+        raise Refusal(f"{path}: the measurements of this machine cannot be used ({error}): {MEASURE} again") from None
 
 
 def save(folder: Path, measured: Measured) -> Path:
@@ -135,6 +135,8 @@ def _files(folder: Path) -> list[Path]:
 def _read(path: Path) -> Calibration:
     stored = json.loads(path.read_text(encoding="utf-8"))
     formats.require(stored, FORMAT, VERSION, path)
+    if set(stored["values"]) != {constant.name for constant in CONSTANTS}:
+        raise Refusal("another release of Stoker wrote them, with other constants")
     return Calibration(stored["values"], stored["spreads"], stored["provenance"])
 
 

@@ -25,6 +25,8 @@ STACKS: tuple[tuple[str, Stack], ...] = (
     ("amd", "primus"),
     ("neuron", "neuron"),
     ("fsdp", "fsdp"),
+    ("megatron", "megatron"),
+    ("nemo", "megatron"),
 )
 #: Words of a ``recompute`` cell -> modules that backward runs again.
 MODULES: dict[str, Module] = {
@@ -45,7 +47,9 @@ MODULES: dict[str, Module] = {
 def stack_of(row: Row) -> Stack:
     """Megatron unless the source says otherwise."""
     source = row.source.lower()
-    return next((stack for word, stack in STACKS if word in source), "megatron")
+    found = next((stack for word, stack in STACKS if word in source), None)
+    # An unknown source that shards weights without any model parallelism trains with PyTorch's FSDP.
+    return found or ("fsdp" if row.zero_stage == 3 and (row.tp or 1) == (row.pp or 1) == 1 else "megatron")
 
 
 def generation_of(row: Row, assumed: list[str]) -> tuple[int, int]:

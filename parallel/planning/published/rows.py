@@ -31,7 +31,8 @@ class Published:
 @dataclass(frozen=True)
 class Row:
     """One configuration. ``measured`` holds every measured column: nothing that predicts may read it, nor a measured
-    number that ``notes`` quotes. ``index``: of the row in its table, from 0."""
+    number that ``notes`` quotes. ``index``: of the row in its table, from 0. ``unreadable``: cells that are not what
+    their column holds, in words; they read as empty."""
 
     index: int
     measured: Published
@@ -70,17 +71,19 @@ class Row:
     recompute: str = ""
     zero_stage: int | None = None
     notes: str = ""
+    unreadable: tuple[str, ...] = ()
 
 
 #: Without these columns a table says nothing about a run.
 REQUIRED = ("model", "seq_len", "global_batch_seqs", "gpu", "gpus", "precision", "tp", "pp")
 _MEASURED = {field.name: "float" for field in fields(Published)}
-_STATED = {field.name: str(field.type) for field in fields(Row) if field.name not in ("index", "measured")}
+_STATED = {
+    field.name: str(field.type) for field in fields(Row) if field.name not in ("index", "measured", "unreadable")
+}
 
 
 def read_rows(path: str | Path = TABLE) -> list[Row]:
-    """The rows of a CSV file; columns that are not known are ignored. Refusal for a table without the required columns
-    or with a cell that is not the number its column holds."""
+    """The rows of a CSV file; columns that are not known are ignored. Refusal for one without the required columns."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
@@ -92,17 +95,21 @@ def read_rows(path: str | Path = TABLE) -> list[Row]:
         raise Refusal(
             f"{path}: columns missing: {', '.join(missing)}; see published_training_runs.md for what they hold"
         )
-    return [_row(path, index, row) for index, row in enumerate(cells)]
+    return [_row(index, row) for index, row in enumerate(cells)]
 
 
-def _row(path: str | Path, index: int, cells: dict[str, Any]) -> Row:
-    def read(types: dict[str, str]) -> dict[str, Any]:
-        return {name: _cell(path, index, name, cells.get(name), kind) for name, kind in types.items()}
+def _row(index: int, cells: dict[str, Any]) -> Row:
+    unreadable: list[str] = []
 
-    return Row(index, Published(**read(_MEASURED)), **read(_STATED))
+    def read(types: dict[str, str], bad: list[str]) -> dict[str, Any]:
+        return {name: _cell(name, cells.get(name), kind, bad) for name, kind in types.items()}
+
+    measured = Published(**read(_MEASURED, []))  # what cannot be read was not published
+    return Row(index, measured, **read(_STATED, unreadable), unreadable=tuple(unreadable))
 
 
-def _cell(path: str | Path, index: int, name: str, value: Any, kind: str) -> str | int | float | None:
+def _cell(name: str, value: Any, kind: str, bad: list[str]) -> str | int | float | None:
+    """The cell's value; None where it is empty, and where it is not of its ``kind``, which ``bad`` is then told."""
     text = (value or "").strip() if not isinstance(value, list) else ",".join(value)
     if kind == "str":
         return text
@@ -115,5 +122,6 @@ def _cell(path: str | Path, index: int, name: str, value: Any, kind: str) -> str
         number = math.nan
     if not math.isfinite(number) or number < 0 or (whole and number != int(number)):
         wanted = "a whole number" if whole else "a number"
-        raise Refusal(f"{path}: row {index} (from 0), column {name}: {text!r} is not {wanted}, 0 or more")
+        bad.append(f"column {name}: {text!r} is not {wanted}, 0 or more")
+        return None
     return int(number) if whole else number

@@ -37,6 +37,7 @@ PRESETS = (
     ("h200", "h200"),
     ("h100", "h100"),
     ("a10040", "a100-40gb"),
+    ("a100sxm440", "a100-40gb"),
     ("a100", "a100-80gb"),
     ("mi355", "mi355x"),
     ("mi350", "mi350x"),
@@ -46,6 +47,8 @@ PRESETS = (
     ("trainium2", "trainium2"),
     ("trn2", "trainium2"),
 )
+#: Parts whose names contain a preset's and which are not it.
+OTHER_PARTS = ("gh200", "pcie", "h100nvl")
 #: Cells that a row with a fully stated layout has, and beside them vpp where there is a pipeline.
 LAYOUT = ("gpus", "global_batch_seqs", "micro_batch", "precision", "tp", "pp")
 EMPTY_VPP = "Megatron-Bridge"  # this source leaves vpp empty where there is no interleaving
@@ -92,6 +95,7 @@ def _run(stated: Row) -> Run:
     doubtful = doubt(stated)
     assumed: list[str] = []
     row = with_stated_cells(stated, assumed)
+    _refuse_impossible(row)
     topology = _topology(row, assumed)
     precision = precision_of(row, topology, assumed)
     recipe = recipe_of(row, precision)
@@ -138,13 +142,26 @@ def doubt(row: Row) -> str | None:
     return None
 
 
+def _refuse_impossible(row: Row) -> None:
+    """Raise Refusal for cells that are not what their columns hold, or that no run can have together."""
+    if row.unreadable:
+        raise Refusal("; ".join(row.unreadable))
+    for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "gpus", "micro_batch", "global_batch_seqs", "seq_len"):
+        if getattr(row, name) == 0:
+            raise Refusal(f"{name} is 0")
+    if row.topk and row.experts and row.topk > row.experts:
+        raise Refusal(f"topk={row.topk} of experts={row.experts}: a token cannot visit more than there are")
+    if row.heads and row.kv_heads and row.heads % row.kv_heads:
+        raise Refusal(f"kv_heads={row.kv_heads} does not divide heads={row.heads}")
+
+
 def _topology(row: Row, assumed: list[str]) -> HardwareTopology:
     name = re.sub(r"[^a-z0-9]", "", row.gpu.lower().replace("80gb", ""))
     if not name:
         assumed.append("gpu=GB200")
         name = "gb200"
     preset = next((preset for part, preset in PRESETS if part in name), None)
-    if preset is None:
+    if preset is None or any(other in name for other in OTHER_PARTS):
         raise Refusal(f"gpu {row.gpu!r} is none of the presets: {', '.join(dict(PRESETS))}")
     if preset == "h100" and "96GB" in row.notes:
         preset = "h100-96gb-500w"

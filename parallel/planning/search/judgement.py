@@ -122,12 +122,16 @@ def parse_layout(text: str) -> dict[str, Any]:
         parsed = (value == "true" if name == "sequence_parallel" else value) if words else _number(value)
         if not equals or parsed is None or (words and value not in words):
             raise Refusal(f"layout: {part!r} must be {name}={'|'.join(words) or 'a number'}")
+        if name in found:
+            raise Refusal(f"layout: {name} is given twice")
         found[name] = parsed
+    if not found:
+        raise Refusal(f"layout: {text!r} names nothing: give for example tp=2,pp=4")
     return found
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 def _verdict(scored: Scored, answer: Answer | None) -> str:

@@ -201,6 +201,11 @@ class Calibration:
     def spread(self, kind: str) -> float:
         return self.spreads[kind]
 
+    def has_seen(self, topology: HardwareTopology) -> bool:
+        """Whether runs on the architecture were fitted: it has a constant of its own, or is the CPU measured."""
+        architecture = topology.device.architecture
+        return architecture == "cpu" or f"product.{architecture}" in self.values
+
 
 def priors() -> dict[str, float]:
     return {constant.name: constant.prior for constant in CONSTANTS}
