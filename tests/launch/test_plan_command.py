@@ -168,9 +168,6 @@ def test_a_refusal_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "text.csv").write_text(
-        "model,seq_len,global_batch_seqs,gpu,gpus,precision,tp,pp\nx,1,1,H100,8,BF16,four,1\n"
-    )
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x80")
     arguments, says = REFUSED[case]
     assert stoker("plan", *arguments) == 2
