@@ -94,8 +94,8 @@ def _head(found: Accuracy) -> Iterator[str]:
     yield (
         "A row is predicted from its layout columns, never from a measured one, by three sets of constants: fitted to "
         "all rows; to the rows of all *other* publications; to the rows on all *other* kinds of GPU (A100 with 40 and "
-        "with 80 GB are two kinds; a further column holds both out together). There is no constant of a row or a model. "
-        "The constants of a stack cannot be told from its publications where there is one (fsdp: llm-foundry; "
+        "with 80 GB are two kinds; a further column holds both out together). There is no constant of a row or a "
+        "model. The constants of a stack cannot be told from its publications where there is one (fsdp: llm-foundry; "
         "torchtitan; automodel; neuron), and settings that a publication's own scripts state "
         "(`parallel/planning/published/`) stay known where it is held out. Numbers of hardware and of kernels that "
         "were set by hand, with their sources, stand in `timing/work.py`, `timing/calibration.py`, "
