@@ -22,7 +22,7 @@ ZERO_BUBBLE = 0.2
 #: Share of a micro-batch's work that a bound counts: stages round it differently.
 SAME_WORK = 0.98
 #: Parts of a step that chunks do not change, and the share of them that a bound counts.
-ONCE, SAME_ONCE = ("gradient reduction", "optimizer", "offload", "sharded weights"), 0.8
+ONCE, SAME_ONCE = ("gradient reduction", "optimizer", "offload", "sharded weights", "not explained"), 0.8
 #: Interleaving, overlap and zero bubble keep more activations than 1F1B with one chunk a rank does, but for what stages
 #: round differently.
 SAME_MEMORY = 0.9

@@ -27,6 +27,7 @@ CAUSES: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("offload", "zero", "dp", "pp", "tp", "ep"),
     "offload": ("offload",),
     "stragglers": ("world_size",),
+    "not explained": (),
 }
 #: Everything that two layouts can differ in.
 CHOICES = (
