@@ -3,8 +3,8 @@
     predict_memory(workload, plan, execution, topology).fits(topology)
 
 ``allocated`` is what torch's allocator reports at its peak (``max_memory_allocated``); ``device`` adds what lies
-outside it: context, communicators, dispatchers, fragmentation. What one layer takes is ``memory_blocks.py``, how many
-micro-batches are in flight ``memory_flight.py``; here stages are put together and state is cut over ranks.
+outside it: context, communicators, dispatchers, fragmentation. What one layer takes is ``blocks.py``, how many
+micro-batches are in flight ``flight.py``; here stages are put together and state is cut over ranks.
 """
 
 from __future__ import annotations
