@@ -22,7 +22,7 @@ import psutil
 
 from launch.calibration_fit import Fitted, constants, described, fitted
 from launch.calibration_runs import Timed, Training, finished, trainings, write_store
-from launch.machine import cores, cuda_devices
+from launch.machine import cores, cuda_devices, rank_environment
 from parallel.planning.hardware import this_machine as machine
 from parallel.planning.hardware.this_machine import Measured
 from parallel.planning.timing.calibration import Calibration
@@ -51,7 +51,7 @@ def calibrate(announce: Callable[[str], None] = print) -> Measured:
         write_store(folder)
         with (
             progress("calibrating", ROUNDS * len(runs)) as advance,
-            Ranks(max(counts), _environment(devices), folder / "ranks.log") as ranks,
+            Ranks(max(counts), rank_environment(cores(), devices > 0, deterministic=True), folder / "ranks.log") as ranks,
         ):
             figures = {count: ranks.measure(count, _threads(count)) for count in counts}
             timed = _train(ranks, runs, folder, began, lambda: advance(1))
@@ -162,8 +162,3 @@ def _own_s(processes: Sequence[int]) -> float:
 def _threads(ranks: int) -> int:
     """As ``stoker train`` shares the cores out."""
     return max(1, cores() // ranks)
-
-
-def _environment(cuda: int) -> dict[str, str]:
-    wanted = {"OMP_NUM_THREADS": str(cores())}
-    return wanted | ({"CUDA_DEVICE_MAX_CONNECTIONS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if cuda else {})

@@ -105,6 +105,6 @@ def test_what_the_caller_has_set_stands(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(machine, "cores", lambda: 6)
     monkeypatch.setattr(machine, "cuda_devices", lambda: 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert machine.environment_for(load("demo"), 2) == {"OMP_NUM_THREADS": "3"}
+    assert machine.environment_for(load("demo"), 2) == {"OMP_NUM_THREADS": "3", **machine.KEEP_MEMORY}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert machine.environment_for(load("demo"), 2) == {}
+    assert machine.environment_for(load("demo"), 2) == machine.KEEP_MEMORY

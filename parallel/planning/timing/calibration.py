@@ -101,7 +101,8 @@ GRAPHS = {"none": 1.0, "partial": 0.6, "full": 0.1}
 POWER_RATIO = 0.5
 
 
-#: Software from then on reduces gradients and, interleaved, sends to the next stage while it computes.
+#: Software from then on reduces gradients and, interleaved, sends to the next stage while it computes; Stoker's engine
+#: does neither yet.
 OVERLAP_GENERATION = (2022, 6)
 #: The same of waiting for a routing's counts where every expert takes a fixed number of tokens and drops the rest.
 STATIC = 0.2
@@ -181,7 +182,7 @@ def efficiencies(values: Mapping[str, float], topology: HardwareTopology, execut
         expert_overlap=values["expert_overlap"] if execution.expert_overlap else 0.0,
         contention=values["contention"],
         weights_contention=values["weights_contention"],
-        overlap=float(execution.generation >= OVERLAP_GENERATION),
+        overlap=float(execution.stack != "stoker" and execution.generation >= OVERLAP_GENERATION),
         stragglers=values["stragglers"],
         step_s=values["step_s"],
     )
