@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from parallel.planning.execution import Execution
-from parallel.planning.hardware.this_machine import Known, this_machine
+from parallel.planning.hardware.this_machine import Known, here, this_machine
 from parallel.planning.memory.prediction import MemoryPrediction, predict_memory
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.timing.step_time import TimePrediction, predict_time
 from parallel.planning.workload import Workload
+from pretrain.machine import Machine
 from pretrain.workload import workload_of
 from stoker.errors import Refusal
 
@@ -66,7 +68,23 @@ class Forecast:
 
 def forecast(config: RunConfig, plan: ParallelPlan) -> Forecast:
     """What is expected of a step under this plan on this machine; Refusal that says why nothing is."""
-    known = _known(config, plan.world_size)
+    return _forecast(config, plan, _known(config, plan.world_size))
+
+
+def recorded(config: RunConfig, plan: ParallelPlan) -> tuple[Forecast | None, dict[str, Any]]:
+    """What is expected of a step, and what ``plan.json`` keeps of it: the same, and the machine that it stands on, for
+    a report that is made elsewhere. A run goes on where nothing is known."""
+    try:
+        known = _known(config, plan.world_size)
+        expected = _forecast(config, plan, known)
+    except Refusal as unknown:
+        with suppress(Refusal):
+            return None, {"unknown": str(unknown), "machine": Machine(here()).to_dict()}
+        return None, {"unknown": str(unknown)}
+    return expected, expected.to_dict() | {"machine": Machine(known.topology, known.calibration).to_dict()}
+
+
+def _forecast(config: RunConfig, plan: ParallelPlan, known: Known) -> Forecast:
     topology, execution, workload = known.topology, execution_of(config), workload_at(config)
     return Forecast(
         predict_time(workload, plan, execution, topology, known.calibration),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.figures.curves import curves, draws, heldout
+from pretrain.figures.expected import expected
 from pretrain.figures.layout import experts, layout
 from pretrain.figures.markup import node, to_html
 from pretrain.figures.record import Record, read_record
@@ -25,6 +26,7 @@ SECTIONS = {
     "Held out": heldout,
     "Experts": experts,
     "Layout": layout,
+    "A step": expected,
     "Versions": versions,
     "Configuration": configuration,
 }

@@ -76,19 +76,30 @@ class Scale:
 
 
 def line_chart(
-    lines: Sequence[Line], marks: Marks = Marks(), *, wide: bool = False, log: bool = False, floor: float | None = None
+    lines: Sequence[Line],
+    marks: Marks = Marks(),
+    *,
+    wide: bool = False,
+    log: bool = False,
+    floor: float | None = None,
+    behind: Sequence[Line] = (),
 ) -> Element:
     """A chart of ``lines`` over steps. ``log``: the vertical axis is logarithmic if the values span a factor of 20;
-    ``floor``: a value that the axis reaches down to."""
+    ``floor``: a value that the axis reaches down to; ``behind``: lines, any number of them, that only say their names.
+    """
     width, height, look = (WIDE, TALL, "chart wide") if wide else (NARROW, LOW, "chart")
-    steps = np.concatenate([line.steps for line in lines])
+    steps = np.concatenate([line.steps for line in (*lines, *behind)])
     first, last = float(steps.min()), float(steps.max())
     x = Scale(first, max(last, first + 1), LEFT, width - RIGHT)
     x = Scale(x.low, x.high, x.start, x.stop, ticks=[t for t in ticks(x.low, x.high, width // 100) if t == int(t)])
-    y = _vertical(lines, height, log, floor)
+    y = vertical([*lines, *behind], height, log, floor)
     svg = node("svg", viewBox=f"0 0 {width} {height}", class_=look, role="img", aria_label=lines[0].name)
     svg.extend(_axes(x, y, height))
     svg.extend(_marked(marks, x, height, labels=wide))
+    for line in behind:
+        if (path := next(_drawn(line, x, y), None)) is not None:
+            path.append(node("title", line.name))
+            svg.append(path)
     for line in lines:
         svg.extend(_drawn(line, x, y))
     svg.extend(_strips(lines, x, height))
@@ -161,7 +172,8 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers in [low, high] on a logarithmic axis: 1, 2 and 5 times powers of ten, or some of the powers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
     if len(fine) <= 7:
@@ -196,12 +208,13 @@ class _Extent:
         return cls(float(near.min()), float(near.max()), log, shown.size - near.size, values.size - shown.size)
 
 
-def _vertical(lines: Sequence[Line], height: int, log: bool, floor: float | None) -> Scale:
+def vertical(lines: Sequence[Line], height: int, log: bool = False, floor: float | None = None) -> Scale:
+    """The vertical axis of a chart so high, for the values of these lines: see ``line_chart``."""
     extent = _Extent.of(lines, log) or _Extent(0.0, 1.0, False, 0, 0)
     low, high, pixels = extent.low, extent.high, (height - BOTTOM, TOP)
     if extent.log:
         low, high = low / 1.15, high * 1.15
-        return Scale(low, high, *pixels, log=True, ticks=_log_ticks(low, high))
+        return Scale(low, high, *pixels, log=True, ticks=log_ticks(low, high))
     low = low if floor is None else min(low, floor)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = (low if low == floor else low - pad), high + pad
@@ -215,7 +228,9 @@ def _axes(x: Scale, y: Scale, height: int) -> Iterator[Element]:
     yield node("path", d=f"M{LEFT} {height - BOTTOM}H{x.stop:g}", class_="axis")
     below = height - BOTTOM + 17
     for value, at in zip(x.ticks, x(x.ticks), strict=True):
-        yield node("text", tick_label(value), x=f"{at:.1f}", y=below, class_="tick", text_anchor="middle")
+        label, edge = tick_label(value), x.stop + RIGHT
+        place = {"x": f"{edge:g}", "text_anchor": "end"} if at + 4 * len(label) > edge else {"x": f"{at:.1f}"}
+        yield node("text", label, y=below, class_="tick", **{"text_anchor": "middle"} | place)
     yield node("text", "step", x=LEFT - 8, y=below, class_="tick", text_anchor="end")
 
 

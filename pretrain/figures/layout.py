@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from statistics import median
+import re
+from dataclasses import replace
 from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from parallel.planning.drawings import (
-    AXIS_MEANING,
-    PALETTE,
-    axes,
-    layers_drawing,
-    ranks_drawing,
-    ranks_shown,
-    ranks_text,
-)
+from parallel.planning.drawings import AXIS_MEANING, PALETTE, axes, ranks_drawing, ranks_shown, ranks_text
+from parallel.planning.pictures.plan import layers_picture
+from parallel.planning.pictures.rack import UNNAMED, rack_picture
+from parallel.planning.placement import Placement, place
 from parallel.planning.plan import ParallelPlan
-from pretrain.figures.markup import UNKNOWN, facts, figure, node, number, table
+from parallel.planning.topology import HardwareTopology, load_hardware
+from pretrain.figures.markup import figure, node, table
+from pretrain.figures.plan import picture_figure
 from pretrain.figures.record import Loads, Record
+from stoker.errors import Refusal
 
 #: Shades of the heat map to either side of even; layers that have tall rows; experts that have numbers in their cells.
 LEVELS, FEW_LAYERS, READABLE = 5, 24, 24
 #: Groups of an axis that are listed.
 GROUPS = 32
-#: Predictions: name, unit and its size, keys of the value and of its bounds.
-PREDICTED = (
-    ("step time", "s", 1.0, ("step_time_s", "step_time_low_s", "step_time_high_s")),
-    ("memory of a rank", "GB", 1e9, ("memory_bytes", "memory_upper_bytes")),
-)
-#: Pixels.
+#: Pixels; of a drawing that leaves room for another beside it.
 WIDTH, LABELS, ROW = 1040, 62, 24
+HALF = 470
 
 
 def experts(record: Record) -> list[Element]:
@@ -102,30 +97,43 @@ def _ratio(counts: np.ndarray) -> np.ndarray:
 
 
 def layout(record: Record) -> list[Element]:
-    """The plan in words, its layers and ranks as pictures, and what it predicted."""
+    """The plan in words, its layers on pipeline ranks, and who talks to whom on which machine."""
     plan = record.plan
     if plan is None:
         return [node("p", "The layout is unknown.", class_="missing")]
     layers = record.config.model.layers if record.config else ()
     kinds = list(layers) if len(layers) == plan.num_layers else ["layer"] * plan.num_layers
     has_experts = any(kind.endswith("/moe") or kind == "layer" for kind in kinds)
-    legend = [(f"box c{index % PALETTE}", kind) for index, kind in enumerate(dict.fromkeys(kinds))]
-    found = [
-        node("pre", plan.explain()),
-        figure(
-            "Layers on pipeline ranks",
-            "left to right is the way of a token",
-            layers_drawing(plan, kinds),
-            legend=legend,
-            numbers=_stage_table(plan),
-        ),
-    ]
+    found = [node("pre", plan.explain()), picture_figure(layers_picture(plan, kinds))]
     drawn = axes(plan, has_experts)
-    if drawn:
-        found.append(node("div", *(_axis_figure(plan, axis) for axis in drawn), class_="pair"))
-    else:
-        found.append(node("p", "One rank: nothing is split.", class_="note"))
-    return [*found, predictions(record)]
+    if not drawn:
+        return [*found, node("p", "One rank: nothing is split.", class_="note")]
+    try:
+        placed = placement(record, plan)
+    except Refusal:  # no placement of the planner's: ranks by pipeline rank, wherever they ran
+        return [*found, node("div", *(_axis_figure(plan, axis) for axis in drawn), class_="pair")]
+    pictures = [rack_picture(placed, axis) for axis in drawn]
+    small = all(float(picture.drawing.get("width", WIDTH)) <= HALF for picture in pictures)
+    return [*found, node("div", *map(picture_figure, pictures), class_="pair" if small else None)]
+
+
+def placement(record: Record, plan: ParallelPlan) -> Placement:
+    """Ranks on the machine as far as the run has told: the devices that it recorded, and as many ranks on a host as its
+    launcher started there. Refusal where the planner would not place them so."""
+    told = str(record.attempts[-1].environment.get("variables", {}).get("LOCAL_WORLD_SIZE")) if record.attempts else ""
+    of_host = int(told) if re.fullmatch(r"\d{1,6}", told) and 0 < int(told) < plan.world_size else plan.world_size
+    topology = record.machine.topology if record.machine else unnamed()
+    if not topology.rack_scale and (of_host < plan.world_size or topology.device.architecture in ("cpu", UNNAMED)):
+        name = "its host" if of_host == plan.world_size else "its hosts"
+        host = replace(topology.domain, size=of_host, per_host=of_host, practice=(of_host,))
+        topology = replace(topology, name=name, domain=host, spares=0)
+    return place(plan, topology)
+
+
+def unnamed() -> HardwareTopology:
+    """Hosts of which nothing is known."""
+    cpu = load_hardware("cpu")
+    return replace(cpu, device=replace(cpu.device, architecture=UNNAMED))
 
 
 def _axis_figure(plan: ParallelPlan, axis: str) -> Element:
@@ -138,29 +146,3 @@ def _axis_figure(plan: ParallelPlan, axis: str) -> Element:
     if len(groups) > GROUPS:
         rows.append(["...", f"{len(groups) - GROUPS:,} more"])
     return figure(axis, unit, ranks_drawing(plan, axis), note, colours, numbers=table(["group", "ranks"], rows, 2))
-
-
-def _stage_table(plan: ParallelPlan) -> Element:
-    rows = []
-    for pp in range(plan.pp):
-        ends = ["embedding"] * (pp == 0) + ["final norm, head"] * (pp == plan.pp - 1)
-        chunks = "; ".join(", ".join(map(str, chunk)) for chunk in plan.chunks(pp))
-        rows.append([str(pp), chunks, " and ".join(ends)])
-    return table(["pipeline rank", "layers (chunks apart by ;)", "also"], rows, 3)
-
-
-def predictions(record: Record) -> Element:
-    """What the plan predicted beside what was measured. What is not of the trainer's own making is shown as it is."""
-    times = [took for event in record.events if (took := event.timing.step_time_s) is not None]
-    told = dict(record.predictions)
-    rows = []
-    for name, unit, scale, bounds in PREDICTED:
-        values = [told[key] for key in bounds if isinstance(told.get(key), (int, float))]
-        if len(values) == len(bounds):
-            best, *rest = (number(told.pop(key) / scale) for key in bounds)
-            words = f"{best} {unit} ({rest[0]} to {rest[1]})" if len(rest) == 2 else f"{best} {unit}, at most {rest[0]}"
-            rows.append((f"Predicted {name}", words))
-    rows += [(f"Predicted, {name}", str(value)) for name, value in told.items()]
-    measured = f"{number(median(times))} s, median" if times else UNKNOWN
-    none = [("Predicted", f"{UNKNOWN}: the plan came without predictions")]
-    return facts([*(rows or none), ("Measured step time", measured)])

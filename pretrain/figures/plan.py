@@ -15,7 +15,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def picture_figure(picture: Picture) -> Element:
-    numbers = table(picture.head, picture.rows) if picture.rows else None
+    numbers = table(picture.head, picture.rows, picture.words) if picture.rows else None
     return figure(picture.title, picture.unit, picture.drawing, *picture.notes, legend=picture.legend, numbers=numbers)
 
 

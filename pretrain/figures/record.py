@@ -27,6 +27,7 @@ from pretrain.checkpoint.manifest import COMMIT, MANIFEST, read_committed
 from pretrain.config import RunConfig, parse
 from pretrain.data import DATA_LOG
 from pretrain.events import StepEvent
+from pretrain.machine import Machine
 from pretrain.rundir import CHECKPOINTS, CONFIG, FORMAT, PLAN, STAMP, VERSION, attempt_path, attempts
 from stoker import formats
 from stoker.errors import Refusal
@@ -58,7 +59,7 @@ class Loads:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything the report shows; None and empty where the run left nothing."""
+    """Everything the report shows; None and empty where the run left nothing. ``machine``: what predictions are for."""
 
     name: str
     config: RunConfig | None
@@ -70,6 +71,7 @@ class Record:
     data_log: DataLog | None
     loads: Loads | None
     unreadable: Sequence[str]
+    machine: Machine | None = None
 
 
 def read_record(run_dir: Path) -> Record:
@@ -112,6 +114,7 @@ def read_record(run_dir: Path) -> Record:
         data_log=tried(DATA_LOG, lambda: DataLog.open(run_dir / DATA_LOG), None),
         loads=tried("expert loads", lambda: read_loads(run_dir / CHECKPOINTS), None),
         unreadable=unreadable,
+        machine=tried("machine", lambda: _machine(layout), None),
     )
 
 
@@ -144,6 +147,12 @@ def _counters(folder: Path, step: int) -> dict[int, NDArray[np.int64]]:
                 counts = whole.view(storage_dtype(stored.dtype))[: math.prod(stored.grid.shape)]
                 found[int(name.split(".")[1])] = counts.astype(np.int64)
     return dict(sorted(found.items()))
+
+
+def _machine(layout: Mapping[str, Any]) -> Machine | None:
+    """What the predictions stand on; None of a run that did not keep it, as of earlier releases."""
+    told = dict(layout.get("predictions", {})).get("machine")
+    return None if told is None else Machine.from_dict(told)
 
 
 def _environment(path: Path) -> dict[str, Any]:

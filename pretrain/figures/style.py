@@ -15,6 +15,7 @@ STYLE = """
   --c6: #a98fd8; --c7: #8f979f; } }
 .c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) } .c3 { --c: var(--c3) }
 .c4 { --c: var(--c4) } .c5 { --c: var(--c5) } .c6 { --c: var(--c6) } .c7 { --c: var(--c7) }
+.ink { --c: var(--ink) }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1136px; padding: 40px 24px 72px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif;
@@ -36,7 +37,7 @@ nav a:hover { color: var(--ink) }
 figure { margin: 16px 0; padding: 14px 16px; min-width: 0 } .pair > figure { margin: 0 }
 figcaption b { font-size: 15px } .unit { color: var(--soft); font-size: 13px; margin-left: 8px }
 .legend { margin: 4px 0 2px; font-size: 13px; color: var(--soft); max-width: none }
-.key { margin-right: 16px; white-space: nowrap }
+.key { margin-right: 16px; display: inline-block }
 .key::before { content: ""; display: inline-block; width: 16px; margin-right: 6px; vertical-align: 4px;
   border-top: 2.5px solid var(--c) }
 .key.thin::before { opacity: .5 } .key.dashed::before { border-top-style: dashed }

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 
+from launch.cli import main
 from tests.house.sources import HOME
 
 README = (HOME / "README.md").read_text()
@@ -36,14 +35,16 @@ def test_the_reading_path_begins_with_the_step() -> None:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_in_the_readme_is_one(words: list[str]) -> None:
+def test_every_command_in_the_readme_is_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     match words:
         case ["make", *arguments]:
             assert {word for word in arguments if "=" not in word} <= MAKE_TARGETS
         case ["stoker", *arguments]:
-            help_of = [sys.executable, "-m", "launch.cli", *arguments, "--help"]
-            done = subprocess.run(help_of, cwd=HOME, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0, done.stderr
+            with pytest.raises(SystemExit) as ended:
+                main([*arguments, "--help"])
+            said = capsys.readouterr()
+            assert ended.value.code == 0, said.err
+            assert "Usage: stoker" in said.out
         case ["python" | "torchrun", *arguments] if "-m" in arguments:
             assert find_spec(arguments[arguments.index("-m") + 1]) is not None
         case _:

@@ -15,10 +15,11 @@ import pytest
 from parallel.planning.execution import Execution
 from parallel.planning.memory.prediction import ALLOCATED, OUTSIDE, MemoryPrediction, StageMemory
 from parallel.planning.pictures.memory_bars import memory_picture
-from parallel.planning.pictures.plan import plan_pictures, plan_timeline
+from parallel.planning.pictures.plan import flops_timeline, plan_pictures, plan_timeline
 from parallel.planning.pictures.rack import MAX_DEVICES, domains_shown, rack_picture
 from parallel.planning.pictures.roofline import Point, layer_points, roofline_picture
 from parallel.planning.pictures.shapes import CHARACTER, MARGIN, PALETTE, WIDTH, Picture
+from parallel.planning.pictures.step_bars import Measured, step_picture
 from parallel.planning.pictures.timeline import MAX_WORKS, WAITS, timeline_picture
 from parallel.planning.placement import place
 from parallel.planning.plan import ParallelPlan
@@ -277,7 +278,7 @@ def memory_line(drawing: Element) -> float:
 def test_memory_says_whether_it_fits(size: float, upper: float, said: str) -> None:
     picture = memory_picture(MemoryPrediction((stage(0, size, upper), stage(1, 1e9, 2e9))), H100)
     assert said in picture.notes[0] and "Pipeline rank 0" in picture.notes[0]
-    whisker = max(text_box_x(path) for path in picture.drawing.iter("path") if path.get("class") == "line c7")
+    whisker = max(text_box_x(path) for path in picture.drawing.iter("path") if path.get("class") == "line ink")
     assert (whisker > memory_line(picture.drawing)) == (upper > H100.known("device.memory_bytes"))
 
 
@@ -290,6 +291,100 @@ def test_memory_of_a_device_of_unknown_size_is_drawn_without_its_end() -> None:
     picture = memory_picture(MemoryPrediction((stage(0, 60e9, 70e9),)), unknown)
     assert "unknown" in picture.notes[0]
     assert not [path for path in picture.drawing.iter("path") if "dashed" in path.get("class", "")]
+
+
+def predicted(parts: dict[str, float], low: float, high: float) -> TimePrediction:
+    return TimePrediction(sum(parts.values()), low, high, dict.fromkeys(PARTS, 0.0) | parts, (), 0.0)
+
+
+MANY = {part: 0.1 * (index + 1) for index, part in enumerate(PARTS[:12])}
+STEPS = {
+    "one part": ({"products": 0.3}, Measured(0.2, 0.25, 0.3, 7)),
+    "tiny parts": ({"products": 3.0, "experts": 1.0, "host": 0.001, "optimizer": 0.002}, Measured(3.0, 5.0, 9.0, 1)),
+    "more parts than colours": (MANY, Measured(7.0, 7.8, 8.0, 40)),
+    "not measured": (MANY, None),
+}
+
+
+@pytest.mark.parametrize(("parts", "measured"), STEPS.values(), ids=STEPS)
+def test_a_step_is_as_long_as_its_parts_and_as_what_was_measured(
+    parts: dict[str, float], measured: Measured | None
+) -> None:
+    time = predicted(parts, 0.8 * sum(parts.values()), 1.4 * sum(parts.values()))
+    picture = step_picture(time, measured)
+    assert_readable(picture)
+    found = described(picture.drawing)
+    told = [(words, box(cell)) for words, cell in found if words.startswith("predicted, ")]
+    assert all(after[1][0] - before[1][2] == pytest.approx(1, abs=0.11) for before, after in pairwise(told))
+    per_s = (told[-1][1][2] - told[0][1][0] + 1) / time.step_s
+    edges = sorted(text_box_x(path) for path in picture.drawing.iter("path") if path.get("class") == "line ink")
+    left = told[0][1][0] - 0.5
+    assert edges[-1] == pytest.approx(left + max(time.high_s, measured.high_s if measured else 0.0) * per_s, abs=2)
+    assert edges[0] == pytest.approx(left + min(time.low_s, measured.low_s if measured else 99.0) * per_s, abs=2)
+    bars = [box(cell) for words, cell in found if words.startswith("measured, ")]
+    assert len(bars) == (measured is not None)
+    if measured is not None:
+        assert bars[0][2] - bars[0][0] + 1 == pytest.approx(measured.median_s * per_s, abs=2)
+    looks = Counter(cell.get("class") for _, cell in found)
+    assert max(looks.values()) == 1 and len(looks) <= PALETTE
+    named = [name for _, name in picture.legend]
+    assert all(any(part in name for name in named) for part, took in parts.items() if took > 0.01 * time.step_s)
+    assert sorted(row[0] for row in picture.rows) == sorted(parts)
+
+
+@pytest.mark.parametrize(
+    ("median_s", "said"),
+    [(1.1, "10 % longer than predicted, within"), (0.5, "50 % shorter than predicted, outside"), (1.0, "0 % longer")],
+)
+def test_a_step_says_how_far_off_its_prediction_was(median_s: float, said: str) -> None:
+    picture = step_picture(predicted({"products": 1.0}, 0.8, 1.3), Measured(0.4, median_s, 1.2, 9))
+    assert said in picture.notes[0] and "9 measured steps" in picture.notes[0]
+
+
+def test_a_small_run_is_told_in_units_that_it_fills_and_without_the_end_of_memory_far_away() -> None:
+    prediction = MemoryPrediction((stage(0, 40e6, 50e6), stage(1, 20e6, 30e6)))
+    picture = memory_picture(prediction, H100)
+    assert_readable(picture)
+    assert "MB" in picture.unit and picture.rows[0][-2:] == ("40.00", "50.00")
+    assert "many times" in picture.notes[0] and not any("dashed" in look for look, _ in picture.legend)
+    widths = {words: box(cell)[2] - box(cell)[0] for words, cell in cells(picture.drawing).items()}
+    assert widths["pipeline rank 0, weights: 12.00 MB"] > 100
+    point = Point("attention/dense", 1, 2e9, 1e8, 0.5)
+    slow = replace(H100, device=replace(H100.device, peak_flops={"float32": 5e10}, memory_bandwidth=2e10))
+    words = [text.text for text in roofline_picture([point], slow, Execution("float32")).drawing.iter("text")]
+    assert {"GFLOP/s", "float32 50 GFLOP/s", "memory 20 GB/s"} <= set(words)
+
+
+def test_without_a_prediction_the_timeline_is_that_of_flops_and_says_so() -> None:
+    plan = ParallelPlan(8, 32, 1, num_layers=6, pp=2, vpp=2, stages=((0,), (1, 2), (3, 4), (5,)))
+    timeline = flops_timeline(WORK, plan, Execution())
+    flops = [sum(layer.forward_flops + layer.backward_flops for layer in WORK.layers[at:to]) for at, to in FLOPS_OF]
+    flops[-1] += WORK.head.forward_flops + WORK.head.backward_flops
+    expected = [plan.num_micro_batches * (flops[pp] + flops[pp + 2]) for pp in range(2)]
+    assert timeline.busy_s == pytest.approx(expected, rel=1e-12)
+    again = flops_timeline(WORK, replace(plan, recompute="full"), Execution())
+    more = sum(layer.forward_flops for layer in WORK.layers) * plan.num_micro_batches
+    assert sum(again.busy_s) == pytest.approx(sum(expected) + more, rel=1e-12)
+    picture = timeline_picture(timeline, relative=True)
+    assert_readable(picture)
+    assert picture.unit.endswith("shares of the step") and "FLOPs" in " ".join(picture.notes)
+    assert all(float(works) + float(waits) == pytest.approx(100, abs=0.2) for _, works, waits, _ in picture.rows)
+    assert not re.search(r"\d (ms|s)\b", "".join(picture.drawing.itertext()))
+
+
+FLOPS_OF = ((0, 1), (1, 3), (3, 5), (5, 6))
+
+
+@pytest.mark.parametrize(("ranks", "pp"), [(1, 1), (2, 2), (6, 2)])
+def test_ranks_of_a_cpu_are_processes_of_a_small_drawing(ranks: int, pp: int) -> None:
+    base = load_hardware("cpu")
+    host = replace(base, domain=replace(base.domain, size=ranks, per_host=ranks, practice=(ranks,)))
+    picture = rack_picture(place(ParallelPlan(ranks, 12, 1, num_layers=2, pp=pp), host), "pp")
+    assert_readable(picture)
+    found = cells(picture.drawing)
+    assert len([words for words in found if words.startswith("rank ")]) == ranks
+    assert not any("device" in words or "not used" in words for words in found)
+    assert float(picture.drawing.get("width", "")) < 470 and "device" not in picture.unit
 
 
 def test_points_of_a_roofline_lie_at_their_intensity_and_rate_under_the_roof() -> None:
@@ -375,7 +470,7 @@ def test_the_page_of_a_plan_has_every_picture_and_loads_nothing() -> None:
     memory = MemoryPrediction((stage(0, 60e9, 70e9), stage(1, 50e9, 60e9)))
     pictures = plan_pictures(WORK, PLAN, Execution(), H100, told(WORK, PLAN, Execution(), H100), memory, told)
     titles = [picture.title.split()[0] for picture in pictures]
-    assert titles == ["A", "Memory", "Roofline", "Layers", "tp", "dp", "pp", "ep", "edp"]
+    assert titles == ["A", "A", "Memory", "Roofline", "Layers", "tp", "dp", "pp", "ep", "edp"]
     for picture in pictures:
         assert_readable(picture)
     page = plan_page("<demo>", "on 2 hosts", [("step", "1 s")], pictures, ["a & b"]).decode()
@@ -392,6 +487,7 @@ def test_a_plan_without_a_pipeline_has_no_timeline() -> None:
     memory = MemoryPrediction((stage(0, 60e9, 70e9),))
     pictures = plan_pictures(WORK, plan, Execution(), H100, told(WORK, plan, Execution(), H100), memory, told)
     assert [picture.title for picture in pictures] == [
+        "A step, by what it spends its time on",
         "Memory by pipeline stage",
         "Roofline by layer",
         "Layers on pipeline ranks",

@@ -204,6 +204,7 @@ def test_equal_models_are_the_same_workload() -> None:
         ({"gpus": 8, "tp": 2, "year": 2021}, {"sequence_parallel": False, "zero": 0}),
         ({"gpus": 16, "tp": 2, "model": "Mixtral-8x7B", "ep": 8}, {"etp": 2}),
         ({"gpus": 16, "tp": 2, "model": "Mixtral-8x7B", "ep": 8, "source": "Megatron-Bridge"}, {"etp": 1}),
+        ({"gpus": 8, "tp": 2, "model": "Mixtral-8x7B", "ep": 8}, {"etp": 1}),
         ({"gpus": 512, "tp": 32, "dp": 32, "gpu": "Trainium1", "source": "AWS Neuron"}, {"tp": 16, "dp": 32}),
     ],
 )

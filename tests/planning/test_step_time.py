@@ -15,9 +15,10 @@ from parallel.planning.models.operations import Stream, assemble, layer, mlp, mo
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.schedule import table_of
 from parallel.planning.timing.calibration import CONSTANTS, Calibration, Efficiencies, load_calibration, priors
+from parallel.planning.timing.layers import COLUMN, COLUMNS
 from parallel.planning.timing.simulator import Durations, simulate
 from parallel.planning.timing.step_time import PARTS, critical_path, predict_time, steps_s
-from parallel.planning.timing.work import COLUMN, COLUMNS, StepWork, WorkTable, stacked
+from parallel.planning.timing.work import StepWork, WorkTable, stacked
 from parallel.planning.topology import hardware_names, load_hardware
 from parallel.planning.workload import Workload
 

@@ -14,7 +14,8 @@ from parallel.planning.execution import Execution
 from parallel.planning.models.mixers import attention, gated_delta
 from parallel.planning.models.operations import Stream, assemble, layer, mlp, moe
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.timing.work import BACKWARD, COLUMN, FORWARD, INNER_HALF, WorkTable, products_s, stacked
+from parallel.planning.timing.layers import BACKWARD, COLUMN, FORWARD, INNER_HALF, products_s
+from parallel.planning.timing.work import WorkTable, stacked
 from parallel.planning.topology import load_hardware
 from parallel.planning.workload import Workload
 

@@ -30,6 +30,8 @@ DOUBTED_MEMORY = ("memory", "static bytes", "GB peak")
 SOUND_TIME = (*DOUBTED_MEMORY, "mfu_pct counts", "use tokens/s only", "NeuronCores")
 #: A typing error in a row must not fill the memory with its layers.
 MOST_LAYERS = 10_000
+#: For the name of a publication.
+NAMELESS = "a table"
 #: Megatron-LM's golden values are what the last rank logs: memory of the last pipeline stage, not of the fullest.
 LAST_RANK = ("mem-max-allocated-bytes", "golden value")
 
@@ -103,6 +105,18 @@ class Judged:
         """Published memory over the upper bound, less one: above zero the bound was exceeded."""
         return _error(self.measured.mem_per_gpu_gb, self.memory_upper_gb)
 
+    @property
+    def note(self) -> str | None:
+        """What the prediction says against itself: more memory than a device has."""
+        if self.run is None or self.memory is None or not (size := self.run.topology.device.memory_bytes):
+            return None
+        peak, upper = self.memory.peak, self.memory.upper
+        if max(peak, upper) <= size:
+            return None
+        needed = f"{peak / GB:.0f} GB" if peak > size else f"{peak / GB:.0f} GB, at most {upper / GB:.0f},"
+        verdict = "would not fit" if peak > size else "might not fit"
+        return f"{verdict}: a device needs {needed} of {size / GB:.0f} by the memory model"
+
     def to_dict(self) -> dict[str, Any]:
         """The form that scripts read (``--json``); its keys are fixed."""
         return {
@@ -126,6 +140,22 @@ def evaluate(rows: Iterable[Row], calibration: Calibration | None = None) -> lis
 def read(rows: Iterable[Row]) -> list[Judged]:
     """Every row without a step time: what needs no calibration."""
     return [_read(row) for row in rows]
+
+
+def read_nameless(rows: Iterable[Row], judged: Sequence[Judged]) -> list[Judged]:
+    """The same rows as anybody's who does not say where they come from: without the name and the address of their
+    publication, so that no recipe of it is recognised. What was measured, and which rows count, stays."""
+    found = []
+    for row, named in zip(rows, judged, strict=True):
+        if named.run is None:
+            found.append(named)
+            continue
+        nameless = _read(replace(row, source=NAMELESS, source_url=""))
+        if nameless.run is not None:
+            known = {name: getattr(named.run, name) for name in ("tags", "assumed", "stated", "doubtful")}
+            nameless = replace(nameless, measured=named.measured, run=replace(nameless.run, **known))
+        found.append(nameless)
+    return found
 
 
 def _read(row: Row) -> Judged:

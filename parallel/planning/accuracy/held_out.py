@@ -1,8 +1,8 @@
 """How accurate the planner is, measured: ``python -m parallel.planning.accuracy [--fit] [--out FILE]``. No torch.
 
-Every published run is predicted three times: by constants fitted to all runs, to those of other publications, and to
-those on other kinds of GPU. Two runs of the command write the same bytes. ``--fit`` also makes the constants that come
-with Stoker (``calibration.json``).
+Every published run is predicted four times: by constants fitted to all runs, to those of other publications, to those
+again without the publication's name, and to those on other kinds of GPU. Two runs of the command write the same bytes.
+``--fit`` also makes the constants that come with Stoker (``calibration.json``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.planning.accuracy.evaluate import Judged, fitting, observed, read, tokens_per_s_per_gpu
+from parallel.planning.accuracy.evaluate import Judged, fitting, observed, read, read_nameless, tokens_per_s_per_gpu
 from parallel.planning.accuracy.metrics import Errors, timed
 from parallel.planning.accuracy.regret import Regret, regrets
 from parallel.planning.published.rows import TABLE, read_rows
@@ -44,12 +44,14 @@ Fit = Callable[[Sequence[Observed]], dict[str, float]]
 @dataclass(frozen=True)
 class Accuracy:
     """Rows of the table, each predicted by constants fitted to all runs (``fitted``), to those of other publications
-    (``by_source``) and to those on other kinds of GPU (``by_gpu``), kinds of one chip held out together (``by_chip``).
+    (``by_source``; ``nameless``: and read without the publication's name) and to those on other kinds of GPU
+    (``by_gpu``), kinds of one chip held out together (``by_chip``).
     ``calibration``: the first of these, with error bars from the second. ``regrets``: of the planner's own layouts, by
     row."""
 
     fitted: list[Judged]
     by_source: list[Judged]
+    nameless: list[Judged]
     by_gpu: list[Judged]
     by_chip: list[Judged]
     calibration: Calibration
@@ -57,7 +59,12 @@ class Accuracy:
 
     @property
     def views(self) -> dict[str, list[Judged]]:
-        return {"fitted to all": self.fitted, "source held out": self.by_source, "GPU held out": self.by_gpu}
+        return {
+            "fitted to all": self.fitted,
+            "source held out": self.by_source,
+            "source unknown": self.nameless,
+            "GPU held out": self.by_gpu,
+        }
 
 
 def publication(judged: Judged) -> str:
@@ -75,39 +82,61 @@ def chip(judged: Judged) -> str:
     return judged.tag("gpu").split("-")[0]
 
 
-def measure(judged: Sequence[Judged], fit: Fit = fit, search: bool = True, date: str | None = None) -> Accuracy:
-    """Fit, hold out and predict. ``search``: also what the planner would have run instead of each row (minutes).
-    ``date``: for the provenance."""
-    modelled = [each for each in judged if each.run is not None]
-    work = dict(zip((each.row for each in modelled), observed(modelled), strict=True))
+def measure(
+    judged: Sequence[Judged],
+    nameless: Sequence[Judged],
+    fit: Fit = fit,
+    search: bool = True,
+    date: str | None = None,
+) -> Accuracy:
+    """Fit, hold out and predict. ``nameless``: the same rows by ``read_nameless``. ``search``: also what the planner
+    would have run instead of each row (minutes). ``date``: for the provenance."""
+    named, unnamed = _Works(judged), _Works(nameless)
 
     def fit_to(rows: Iterable[Judged]) -> dict[str, float]:
-        return {name: _rounded(value) for name, value in fit([work[each.row] for each in fitting(rows)]).items()}
+        return {name: _rounded(value) for name, value in fit(named.observed(fitting(rows))).items()}
 
-    def predicted(rows: Sequence[Judged], values: Mapping[str, float]) -> list[Judged]:
-        step_s = Runs([work[each.row] for each in rows]).predict(values)
-        return [replace(each, step_s=float(seconds)) for each, seconds in zip(rows, step_s, strict=True)]
+    def held_out(key: Callable[[Judged], str], groups: Iterable[str]) -> dict[str, dict[str, float]]:
+        """The constants without each group."""
+        names = track(list(groups), "fits with a group held out")
+        return {name: fit_to(each for each in named.modelled if key(each) != name) for name in names}
 
-    def held_out(key: Callable[[Judged], str]) -> list[Judged]:
-        found = {each.row: each for each in judged}
-        for group in track(list(dict.fromkeys(map(key, modelled))), "fits with a group held out"):
-            theirs = [each for each in modelled if key(each) == group]
-            values = fit_to(each for each in modelled if key(each) != group)
-            found |= {each.row: each for each in predicted(theirs, values)}
+    by_publication = held_out(publication, dict.fromkeys(map(publication, named.modelled)))
+    by_source, by_nobody = (each.predicted(publication, by_publication) for each in (named, unnamed))
+    by_gpu = named.predicted(gpu_kind, held_out(gpu_kind, dict.fromkeys(map(gpu_kind, named.modelled))))
+    siblings = sorted({chip(each) for each in named.modelled if chip(each) != gpu_kind(each)})
+    by_chip = _in_place(by_gpu, named.predicted(chip, held_out(chip, siblings)))
+    values = fit_to(named.modelled)
+    fitted = named.predicted(lambda each: "", {"": values})
+    found = Calibration(values, _spreads(by_source), _provenance(fitting(named.modelled), date))
+    return Accuracy(fitted, by_source, by_nobody, by_gpu, by_chip, found, regrets(fitted, found) if search else {})
+
+
+class _Works:
+    """The work of every row that has a run, for any constants."""
+
+    def __init__(self, judged: Sequence[Judged]) -> None:
+        self.judged = judged
+        self.modelled = [each for each in judged if each.run is not None]
+        self._work = dict(zip((each.row for each in self.modelled), observed(self.modelled), strict=True))
+
+    def observed(self, rows: Iterable[Judged]) -> list[Observed]:
+        return [self._work[each.row] for each in rows]
+
+    def predicted(self, key: Callable[[Judged], str], values: Mapping[str, Mapping[str, float]]) -> list[Judged]:
+        """Every row, those of the groups by ``key`` predicted with these values."""
+        found = {each.row: each for each in self.judged}
+        for name, of_group in values.items():
+            if theirs := [each for each in self.modelled if key(each) == name]:
+                step_s = Runs(self.observed(theirs)).predict(of_group).tolist()
+                found |= {each.row: replace(each, step_s=s) for each, s in zip(theirs, step_s, strict=True)}
         return list(found.values())
 
-    values = fit_to(modelled)
-    all_rows = {each.row: each for each in judged} | {each.row: each for each in predicted(modelled, values)}
-    by_source, by_gpu = held_out(publication), held_out(gpu_kind)
-    siblings = {chip(each) for each in modelled if chip(each) != gpu_kind(each)}
-    by_chip = {each.row: each for each in by_gpu}
-    for name in sorted(siblings):
-        theirs = [each for each in modelled if chip(each) == name]
-        values_without = fit_to(each for each in modelled if chip(each) != name)
-        by_chip |= {each.row: each for each in predicted(theirs, values_without)}
-    fitted = list(all_rows.values())
-    found = Calibration(values, _spreads(by_source), _provenance(fitting(modelled), date))
-    return Accuracy(fitted, by_source, by_gpu, list(by_chip.values()), found, regrets(fitted, found) if search else {})
+
+def _in_place(judged: Sequence[Judged], others: Sequence[Judged]) -> list[Judged]:
+    """The rows, with those of ``others`` that are predicted in their place."""
+    predicted = {each.row: each for each in others if each.step_s is not None}
+    return [predicted.get(each.row, each) for each in judged]
 
 
 def _rounded(value: float) -> float:
@@ -179,7 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PAGE, help="where the page goes")
     parser.add_argument("--date", help="to be written into the provenance; no clock is read")
     options = parser.parse_args(arguments)
-    found = measure(read(read_rows()), date=options.date)
+    rows = read_rows()
+    judged = read(rows)
+    found = measure(judged, read_nameless(rows, judged), date=options.date)
     if options.fit:
         save(found.calibration, Path(str(files("parallel.planning.timing"))) / "calibration.json")
     write_atomic(options.out, page(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -14,9 +13,12 @@ from parallel.planning.accuracy.regret import Regret
 from parallel.planning.accuracy.targets import Target, targets
 from parallel.planning.tables import aligned, figure, percent
 from parallel.planning.timing.calibration import CONSTANTS, Calibration, Constant
+from parallel.planning.timing.hand_set import hand_set
 from stoker.formats import stamp
 
 FORMAT, VERSION = "plan-evaluation", 1
+#: Said of a fitted constant that is not what it is called.
+OUTSIDE = "outside its physical range: docs/planner-accuracy.md says why"
 #: By what rows are put together.
 GROUPS: Mapping[str, Callable[[Judged], str]] = {
     "kind": lambda judged: judged.tag("kind"),
@@ -35,6 +37,7 @@ def report(judged: Sequence[Judged], regrets: Mapping[int, Regret] | None = None
         list(_head(judged)),
         _rows(judged, regrets or {}),
         list(_skipped(judged)),
+        list(_noted(judged)),
         *(_group(judged, name) for name in GROUPS),
         _ranks(judged),
         _choices(judged),
@@ -51,19 +54,36 @@ def target_lines(found: Sequence[Target]) -> list[str]:
 
 
 def constants(calibration: Calibration) -> list[str]:
-    """Every constant with its meaning, and where they come from."""
+    """Every constant with its meaning, those that are fitted and those that were set by hand."""
     rows = []
     for constant in CONSTANTS:
         value = calibration.values[constant.name]
-        rows.append((constant.name, constant_text(constant, value), constant.meaning))
+        outside = "" if constant.is_physical(value) else f" ({OUTSIDE})"
+        rows.append((constant.name, constant_text(constant, value), constant.meaning + outside))
+    by_hand = [(each.name, value_text(each.value), f"{each.meaning} ({each.where})") for each in hand_set()]
     spreads = ", ".join(f"{kind} {spread:.3g}" for kind, spread in calibration.spreads.items())
     bars = f"error bars: predicted time over and under by a factor of {spreads}"
-    return [*aligned(("constant", "value", "meaning"), rows, words=(0, -1)), bars]
+    return [
+        *aligned(("constant", "value", "meaning"), rows, words=(0, -1)),
+        bars,
+        "",
+        *aligned(("set by hand, not fitted", "value", "meaning"), by_hand, words=(0, -1)),
+    ]
+
+
+def value_text(value: Any) -> str:
+    """A number, a pair of year and month, or a few of them, without the marks of code."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {value_text(each)}" for name, each in value.items())
+    if isinstance(value, tuple):
+        nested = any(isinstance(each, tuple) for each in value)
+        return ("; " if nested else " x ").join(map(value_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def constant_text(constant: Constant, value: float) -> str:
     """A shift, which is a logarithm, as the factor that it is: "x 1.05"."""
-    return f"x {math.exp(value):.3g}" if constant.kind == "shift" else f"{value:.3g}"
+    return f"{'x ' * (constant.kind == 'shift')}{constant.natural(value):.3g}"
 
 
 def to_json(
@@ -101,6 +121,7 @@ def _details(judged: Judged, regrets: Mapping[int, Regret]) -> dict[str, Any]:
         "step_time_error": judged.time_error,
         "memory_error": judged.memory_error,
         "memory_upper_gb": judged.memory_upper_gb,
+        "note": judged.note,
         "regret": asdict(regret) if regret else None,
     }
 
@@ -177,6 +198,13 @@ def _skipped(judged: Sequence[Judged]) -> Iterator[str]:
         yield "rows that are not modelled"
     for reason, rows in reasons.items():
         yield f"  {', '.join(map(str, rows))}: {reason}"
+
+
+def _noted(judged: Sequence[Judged]) -> Iterator[str]:
+    noted = [each for each in judged if each.note]
+    if noted:
+        yield "rows whose predicted memory is more than the device has"
+    yield from (f"  {each.row}: {each.note}" for each in noted)
 
 
 def _group(judged: Sequence[Judged], name: str) -> list[str]:

@@ -13,11 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from parallel.planning.plan import ORDERS, ParallelPlan
+from parallel.planning.plan import ORDERS
 from parallel.planning.topology import HardwareTopology
 from stoker.errors import Refusal
 
@@ -59,11 +59,21 @@ class Span:
         return -(-self.ranks // self.per_domain)
 
 
-def span(plan: ParallelPlan, axes: Sequence[str], topology: HardwareTopology, domain_ranks: int | None = None) -> Span:
+class Degrees(Protocol):
+    """A plan, as far as its groups go."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def degree(self, axis: str) -> int: ...
+
+
+def span(plan: Degrees, axes: Sequence[str], topology: HardwareTopology, domain_ranks: int | None = None) -> Span:
     """The group over ``axes`` (of one family and pp) that touches the most domains, ranks filling domains in order.
 
     ``domain_ranks``: ranks that a domain takes; left out, all of its devices, less spares where the world is larger.
 
+    >>> from parallel.planning.plan import ParallelPlan
     >>> from parallel.planning.topology import load_hardware
     >>> plan = ParallelPlan(64, 64, 1, tp=4, num_layers=8)
     >>> span(plan, ("tp",), load_hardware("h100")), span(plan, ("dp",), load_hardware("h100"))

@@ -76,8 +76,13 @@ def survey(measured: str | Path | None = None) -> Machine:
 
 def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
     """The GPUs in what ``nvidia-smi -q`` printed; none in anything else."""
+    return tuple(gpu for settings in gpu_settings(text) if (gpu := _gpu(settings)) is not None)
+
+
+def gpu_settings(text: str) -> list[dict[str, str]]:
+    """Everything that ``nvidia-smi -q`` printed of each GPU: {"Fabric/Health/Summary": "Healthy", ...}."""
     blocks = re.split(r"(?m)^GPU [0-9A-Fa-f:.]+\s*$", text)[1:]
-    return tuple(gpu for block in blocks if (gpu := _gpu(_settings(block))) is not None)
+    return [_settings(block) for block in blocks]
 
 
 def _settings(block: str) -> dict[str, str]:

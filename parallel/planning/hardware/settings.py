@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from parallel.planning.execution import Execution
 from parallel.planning.placement import Placement, local_block
+from parallel.planning.topology import HardwareTopology
 from stoker.errors import Refusal
 
 #: HybridEP raises ValueError above it (Megatron-Bridge ``utils.py``, read 2026-11).
@@ -20,6 +21,7 @@ HYBRID_EP_MAX_RANKS = 72
 @dataclass(frozen=True)
 class LaunchSettings:
     """``segment``: hosts that Slurm places in one block (rack); None where a domain is one host.
+    ``ranks_per_numa``: ranks that share a processor, which ``numa`` binds them to; None where ranks are not bound.
 
     ``numa``: what goes before the command of a rank. ``reasons``: by option or variable. ``checks``: what must hold
     before the first rank starts.
@@ -33,6 +35,7 @@ class LaunchSettings:
     reasons: dict[str, str] = field(default_factory=dict)
     checks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    ranks_per_numa: int | None = None
 
     def slurm(self) -> list[str]:
         """Options of sbatch."""
@@ -67,10 +70,11 @@ def launch_settings(placement: Placement, execution: Execution | None = None) ->
     warnings = list(placement.warnings)
     segment = _segment(placement, reasons, warnings) if topology.rack_scale else None
     reasons["--ntasks-per-node"] = f"a rank for each of the {placement.host_ranks} devices used of a host"
-    numa = None
+    numa, near = None, None
     environment = {}
     if topology.device.vendor == "nvidia":
-        numa = _numa(placement, reasons)
+        near = _near(topology)
+        numa = _numa(near, reasons)
         for name, value, reason in _environment(placement, execution):
             environment[name], reasons[name] = value, reason
     elif topology.device.vendor != "generic":
@@ -86,6 +90,7 @@ def launch_settings(placement: Placement, execution: Execution | None = None) ->
         reasons=reasons,
         checks=tuple(_checks(placement)),
         warnings=tuple(warnings),
+        ranks_per_numa=near,
     )
 
 
@@ -107,10 +112,13 @@ def _segment(placement: Placement, reasons: dict[str, str], warnings: list[str])
     return segment
 
 
-def _numa(placement: Placement, reasons: dict[str, str]) -> str | None:
-    """Binding of a rank to the processor that its GPU hangs on: two GPUs a Grace, four a socket of an HGX host."""
-    per_host = placement.topology.domain.per_host
-    near = {("c2c", 4): 2, ("pcie", 8): 4}.get((placement.topology.host_link.kind, per_host))
+def _near(topology: HardwareTopology) -> int | None:
+    """GPUs that hang on one processor: two on a Grace, four on a socket of an HGX host; None where it is not known."""
+    return {("c2c", 4): 2, ("pcie", 8): 4}.get((topology.host_link.kind, topology.domain.per_host))
+
+
+def _numa(near: int | None, reasons: dict[str, str]) -> str | None:
+    """Binding of a rank to the processor that its GPU hangs on."""
     if near is None:
         return None
     reasons["numactl"] = f"host memory and cores of the rank's own processor, which {near} GPUs share (Megatron-Bridge)"

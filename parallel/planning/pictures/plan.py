@@ -9,6 +9,7 @@ from parallel.planning.pictures.memory_bars import memory_picture
 from parallel.planning.pictures.rack import rack_picture
 from parallel.planning.pictures.roofline import Predict, layer_points, roofline_picture
 from parallel.planning.pictures.shapes import PALETTE, Picture
+from parallel.planning.pictures.step_bars import step_picture
 from parallel.planning.pictures.timeline import timeline_picture
 from parallel.planning.placement import place
 from parallel.planning.plan import ParallelPlan
@@ -32,13 +33,14 @@ def plan_pictures(
     memory: MemoryPrediction,
     predict: Predict = predict_time,
 ) -> list[Picture]:
-    """The timeline (of a pipeline), memory, roofline, layers, and the ranks on their devices for each axis.
+    """The step, its timeline (of a pipeline), memory, roofline, layers, and the ranks on their devices for each axis.
 
     ``predict``: what predicted ``time``, asked again for single layers. Refusal as of ``place``.
     """
     placement = place(plan, topology)
     kinds = [layer.kind for layer in workload.layers]
     return [
+        step_picture(time),
         *([timeline_picture(plan_timeline(workload, plan, execution, time))] if plan.pp > 1 else []),
         memory_picture(memory, topology),
         roofline_picture(layer_points(workload, plan, execution, topology, predict), topology, execution),
@@ -52,7 +54,7 @@ def layers_picture(plan: ParallelPlan, kinds: list[str]) -> Picture:
     rows = tuple((f"pp {pp}", "; ".join(map(_span, plan.chunks(pp)))) for pp in range(plan.pp))
     head = ("pipeline rank", "layers (chunks apart by ;)")
     unit = "left to right is the way of a token"
-    return Picture("Layers on pipeline ranks", unit, layers_drawing(plan, kinds), legend, (), head, rows)
+    return Picture("Layers on pipeline ranks", unit, layers_drawing(plan, kinds), legend, (), head, rows, 2)
 
 
 def plan_timeline(
@@ -68,6 +70,20 @@ def plan_timeline(
         backward.append(rank.backward_s * share)
     weights = tuple(weight * seconds for seconds in backward)
     return simulate(plan_table(plan, execution), Durations(tuple(forward), tuple(backward), weights), time.hop_s)
+
+
+def flops_timeline(workload: Workload, plan: ParallelPlan, execution: Execution) -> Timeline:
+    """The step of a machine that nobody measured: a FLOP takes a second wherever it runs, a message no time. Only the
+    shares of the step mean anything."""
+    forward, backward = [], []
+    for chunk, layers in enumerate(plan.stages):
+        held = [workload.layers[layer] for layer in layers]
+        again = sum(layer.recompute_flops(plan.recompute) for layer in held)
+        held += [workload.head] * (chunk == plan.num_chunks - 1)
+        forward.append(sum(layer.forward_flops for layer in held))
+        backward.append(sum(layer.backward_flops for layer in held) + again)
+    weights = tuple(WEIGHT_SHARE * flops for flops in backward)
+    return simulate(plan_table(plan, execution), Durations(tuple(forward), tuple(backward), weights))
 
 
 def plan_table(plan: ParallelPlan, execution: Execution) -> Table:

@@ -24,6 +24,8 @@ from parallel.planning.placement import Placement, extent
 
 #: Devices and domains that a picture shows of a larger world.
 MAX_DEVICES, MAX_DOMAINS = 288, 16
+#: Architecture of a machine that a run did not name.
+UNNAMED = "unnamed"
 #: Groups that the table lists.
 GROUPS = 24
 #: Pixels: a device's height and least width, the gap between them, around the devices of a domain, between domains.
@@ -36,7 +38,7 @@ OUTLINE = {"stroke-width": "2.5"}
 def rack_picture(placement: Placement, axis: str) -> Picture:
     """Devices of one colour are a group of ``axis``; that of rank 0 has a thick outline."""
     plan, domain, shown = placement.plan, placement.topology.domain, domains_shown(placement, axis)
-    one, devices = _domain_word(placement), f"{domain.per_host} {placement.topology.device.name}s"
+    one, devices = _domain_word(placement), _devices(placement)
     degree = plan.degree(axis)
     num_groups = plan.world_size // degree
     notes = []
@@ -55,11 +57,12 @@ def rack_picture(placement: Placement, axis: str) -> Picture:
         devices = f"{domain.size // domain.per_host} trays of {devices}"
     return Picture(
         f"{axis} groups on {placement.topology.name}",
-        f"{num_groups:,} groups of {degree}; {AXIS_MEANING[axis]}; a {one} has {devices}",
+        f"{num_groups:,} group{'s' * (num_groups != 1)} of {degree}; {AXIS_MEANING[axis]}; a {one} has {devices}",
         _drawing(placement, axis, shown),
         notes=tuple(notes),
         head=("group", "ranks"),
         rows=tuple(rows),
+        words=2,
     )
 
 
@@ -68,6 +71,19 @@ def domains_shown(placement: Placement, axis: str) -> list[int]:
     most = min(MAX_DOMAINS, max(1, MAX_DEVICES // placement.topology.domain.size))
     of_group = (placement.domain(rank) for rank in _members(placement, axis, 0))
     return sorted(list(dict.fromkeys([*of_group, *range(placement.domains)]))[:most])
+
+
+def _devices(placement: Placement) -> str:
+    """What a host holds, in words."""
+    count = placement.topology.domain.per_host
+    if _device_word(placement) == "process":
+        return "one process" if count == 1 else f"{count} processes"
+    return f"{count} {placement.topology.device.name}{'s' * (count != 1)}"
+
+
+def _device_word(placement: Placement) -> str:
+    """A rank of a CPU, or of a machine that nobody named, is a process: which cores it has is not known."""
+    return "process" if placement.topology.device.architecture in ("cpu", UNNAMED) else "device"
 
 
 def _domain_word(placement: Placement) -> str:
@@ -122,8 +138,10 @@ def _drawing(placement: Placement, axis: str, shown: Sequence[int]) -> Element:
 
 def _keys(placement: Placement, axis: str, hatch: str) -> list[Key]:
     keys: list[Key] = [("cell c0", OUTLINE, "the group of rank 0")]
-    if placement.plan.world_size > placement.plan.degree(axis):
-        keys.append(("cell c1", {}, f"other groups, colours come again after {PALETTE}"))
+    others = placement.plan.world_size // placement.plan.degree(axis) - 1
+    if others:
+        again = f", colours come again after {PALETTE}" * (others >= PALETTE)
+        keys.append(("cell c1", {}, f"other groups{again}" if others > 1 else "the other group"))
     if _spares(placement):
         keys.append(("axis", {"fill": f"url(#{hatch})"}, "spare"))
     usable = placement.topology.domain.size - _spares(placement)
@@ -144,7 +162,7 @@ def _device(
     domain, host, device = place
     shape, one = placement.topology.domain, _domain_word(placement)
     tray = f"tray {host} of " if shape.size > shape.per_host else ""
-    where = f"device {device} of {tray}{one} {domain}"
+    where = f"{_device_word(placement)} {device} of {tray}{one} {domain}"
     if rank is None and host * shape.per_host + device >= shape.size - _spares(placement):
         cell(drawing, box, "axis", "", f"{where}: a spare", fill=f"url(#{hatch})")
     elif rank is None:

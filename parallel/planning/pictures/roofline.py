@@ -25,6 +25,7 @@ from parallel.planning.pictures.shapes import (
     number,
     path,
     scale,
+    sized,
     svg,
     text,
 )
@@ -119,6 +120,7 @@ def roofline_picture(points: Sequence[Point], topology: HardwareTopology, execut
     names = dict.fromkeys((execution.base_dtype, execution.precision))
     peaks = {name: topology.peak(name) for name in names}
     roof = max(peaks.values())
+    unit, size = sized(roof, "FLOP/s")
     rows = []
     for point in points:
         attainable = min(roof, bandwidth * point.intensity)
@@ -127,8 +129,8 @@ def roofline_picture(points: Sequence[Point], topology: HardwareTopology, execut
                 point.name,
                 f"{point.count}",
                 f"{point.intensity:,.0f}",
-                number(point.achieved / 1e12),
-                number(attainable / 1e12),
+                number(point.achieved / size),
+                number(attainable / size),
                 f"{100 * point.achieved / attainable:.0f}",
             )
         )
@@ -137,14 +139,14 @@ def roofline_picture(points: Sequence[Point], topology: HardwareTopology, execut
     limited = ", ".join(starved) or "no layer lies there"
     return Picture(
         "Roofline by layer",
-        f"{topology.device.name}; TFLOP/s of one device against FLOPs a byte of memory, forward and backward",
+        f"{topology.device.name}; {unit} of one device against FLOPs a byte of memory, forward and backward",
         _drawing(points, bandwidth, peaks),
         tuple((f"box c{index % PALETTE}", f"{point.name} × {point.count}") for index, point in enumerate(points)),
         (
             f"Left of {ridge:,.0f} FLOPs a byte memory is the limit: {limited}.",
             "Seconds include what a layer sends and waits for: far below the roof it may lack bandwidth elsewhere.",
         ),
-        ("layer", "number", "FLOPs a byte", "TFLOP/s", "attainable TFLOP/s", "% of it"),
+        ("layer", "number", "FLOPs a byte", unit, f"attainable {unit}", "% of it"),
         tuple(rows),
     )
 
@@ -152,6 +154,7 @@ def roofline_picture(points: Sequence[Point], topology: HardwareTopology, execut
 def _drawing(points: Sequence[Point], bandwidth: float, peaks: dict[str, float]) -> Element:
     drawing = svg(WIDTH, HEIGHT + BOTTOM, "roofline by layer", "chart wide")
     roof, edge = max(peaks.values()), WIDTH - 12
+    (unit, size), (rate, per_byte) = sized(roof, "FLOP/s"), sized(bandwidth, "B/s")
     ridge = roof / bandwidth
     left, right = _extent([*(point.intensity for point in points), ridge / 5, ridge * 5])
     low, high = _extent([*(point.achieved for point in points), roof / 30, roof])
@@ -165,9 +168,9 @@ def _drawing(points: Sequence[Point], bandwidth: float, peaks: dict[str, float])
         text(drawing, x(math.log10(value)), HEIGHT + 12, f"{value:,g}", anchor="middle")
     for value in _round(low, high):
         across(drawing, "grid", MARGIN, y(math.log10(value)), edge)
-        text(drawing, MARGIN - 8, y(math.log10(value)), f"{value / 1e12:,g}", anchor="end")
+        text(drawing, MARGIN - 8, y(math.log10(value)), f"{value / size:,g}", anchor="end")
     text(drawing, (MARGIN + WIDTH) / 2, HEIGHT + 29, "FLOPs a byte", anchor="middle")
-    text(drawing, 0, LINE / 2, "TFLOP/s")
+    text(drawing, 0, LINE / 2, unit)
     across(drawing, "axis", MARGIN, HEIGHT, edge)
 
     taken = [_around(*at(point.intensity, point.achieved)) for point in points]
@@ -177,10 +180,10 @@ def _drawing(points: Sequence[Point], bandwidth: float, peaks: dict[str, float])
     foot, bend = at(start, start * bandwidth), at(ridge, roof)
     path(drawing, "line c7", ("M", *foot), ("L", *bend))
     beneath = ((foot[0] + bend[0]) / 2 + LINE, (foot[1] + bend[1]) / 2 + LINE, "start")
-    _place(drawing, taken, f"memory {number(bandwidth / 1e12)} TB/s", [beneath])
+    _place(drawing, taken, f"memory {number(bandwidth / per_byte)} {rate}", [beneath])
     for name, (a, b) in bends.items():
         across(drawing, "line c7", a, b, edge)
-        words = f"{name} {number(peaks[name] / 1e12)} TFLOP/s"
+        words = f"{name} {number(peaks[name] / size)} {unit}"
         _place(drawing, taken, words, [(edge - 4, b + step * (LINE / 2 + 2), "end") for step in (-1, 1)])
     for index, point in enumerate(points):
         _point(drawing, taken, point, f"dot c{index % PALETTE}", at(point.intensity, point.achieved))
@@ -190,7 +193,8 @@ def _drawing(points: Sequence[Point], bandwidth: float, peaks: dict[str, float])
 def _point(drawing: Element, taken: list[Area], point: Point, look: str, at: tuple[float, float]) -> None:
     x, y = at
     group = SubElement(drawing, "g")
-    told = f"{number(point.achieved / 1e12)} TFLOP/s at {point.intensity:,.0f} FLOPs a byte"
+    unit, size = sized(point.achieved, "FLOP/s")
+    told = f"{number(point.achieved / size)} {unit} at {point.intensity:,.0f} FLOPs a byte"
     SubElement(group, "title").text = f"{point.name} ({point.count} layers): {told}"
     SubElement(group, "circle", {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{POINT}", "class": look})
     beside = [(x + 2 * POINT, y, "start"), (x - 2 * POINT, y, "end")]

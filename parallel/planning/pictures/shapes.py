@@ -1,8 +1,8 @@
 """What pictures are made of. No torch.
 
 Shapes carry classes only: ``cell`` with one of ``c0`` to ``c7`` (a palette), ``line`` and ``dot``, ``grid`` and
-``axis``, ``label`` and ``inside`` for text. Whoever puts a picture into a page gives the classes their look. Every cell
-says in words what it is when one points at it.
+``axis``, ``ink`` for a line in the colour of the text, ``label`` and ``inside`` for text. Whoever puts a picture into a
+page gives the classes their look. Every cell says in words what it is when one points at it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ PALETTE = 8
 #: Pixels: a chart over the width of a page, the margin for its labels; a character of a label, a line of text.
 WIDTH, MARGIN = 1040, 58
 CHARACTER, LINE = 6.6, 16
+PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 #: x, y, width and height of a cell.
 Box = tuple[float, float, float, float]
@@ -27,7 +28,8 @@ Key = tuple[str, Mapping[str, str], str]
 class Picture:
     """A drawing with its title, ``unit`` (what is counted, from where to where) and, below it, ``notes`` in words.
 
-    ``legend``: (classes of the key, what it is). ``head`` and ``rows``: its numbers as a table, the first column words.
+    ``legend``: (classes of the key, what it is). ``head`` and ``rows``: its numbers as a table, the first ``words``
+    columns of it words.
     """
 
     title: str
@@ -37,6 +39,7 @@ class Picture:
     notes: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    words: int = 1
 
 
 def svg(width: float, height: float, label: str, look: str = "drawing") -> Element:
@@ -89,6 +92,15 @@ def ticks(low: float, high: float, about: int) -> Iterator[float]:
     step = power * next(times for times in (1, 2, 5, 10) if times * power >= rough * (1 - 1e-9))
     for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
         yield float(f"{index * step:.12g}")
+
+
+def sized(value: float, unit: str) -> tuple[str, float]:
+    """The name and the size of the unit in which ``value`` (in base units, such as B) is read best.
+
+    >>> sized(8e10, "B"), sized(2.5e7, "B"), sized(0.0, "B")
+    (('GB', 1000000000.0), ('MB', 1000000.0), ('B', 1.0))
+    """
+    return next(((f"{prefix}{unit}", size) for prefix, size in PREFIXES if value >= size), (unit, 1.0))
 
 
 def number(value: float) -> str:

@@ -26,11 +26,12 @@ FILLING = 1.6
 MAX_WORKS = 2400
 
 
-def timeline_picture(timeline: Timeline) -> Picture:
-    """A step of ``timeline.table`` as ``simulate`` timed it."""
+def timeline_picture(timeline: Timeline, relative: bool = False) -> Picture:
+    """A step of ``timeline.table`` as ``simulate`` timed it; ``relative``: in shares of the step, where nobody knows
+    how long it takes."""
     table, step_s = timeline.table, timeline.makespan_s
     windows = _windows(timeline)
-    unit, per_s = ("ms", 1e3) if step_s < 2 else ("s", 1.0)
+    unit, per_s = ("%", 100 / step_s) if relative else ("ms", 1e3) if step_s < 2 else ("s", 1.0)
     chunks = 1 + max(chunk for _, chunk in table.stages)
     kinds = [kind for kind in LOOKS if any(work.kind == kind for order in table.orders for work in order)]
     legend = [
@@ -39,21 +40,25 @@ def timeline_picture(timeline: Timeline) -> Picture:
         for odd in range(min(chunks, 2))
     ]
     notes = [
-        f"The ranks wait for {100 * timeline.bubble:.1f} % of it, taken together. Dashed: waiting.",
+        "A row is a pipeline rank: a micro-batch goes down the rows, and its gradient comes back up. "
+        f"The ranks wait for {100 * timeline.bubble:.1f} % of the step, taken together.",
         "Not in it: what is left of the gradient reduction after the last backward, and the optimizer.",
     ]
+    if relative:
+        notes.append("Without a prediction: works are as long as their FLOPs, and messages take no time.")
     if any(work.joined for order in table.orders for work in order):
         notes.append("Halved: a forward and a backward that run together, each under the other's exchanges.")
     if len(windows) > 1:
         left_out = (windows[1][0] - windows[0][1]) * per_s
         notes.append(f"Cut out in the middle: {number(left_out)} {unit} in which the same pattern repeats.")
+    took = "shares of the step" if relative else f"{number(step_s * per_s)} {unit}"
     rows = [
         (f"pp {rank}", number(busy * per_s), number(idle * per_s), f"{100 * idle / step_s:.1f}")
         for rank, (busy, idle) in enumerate(zip(timeline.busy_s, timeline.idle_s, strict=True))
     ]
     return Picture(
         "A step of the pipeline",
-        f"{table.name}, {table.num_micro_batches} micro-batches (the numbers), {number(step_s * per_s)} {unit}",
+        f"{table.name}, {table.num_micro_batches} micro-batches (the numbers), {took}",
         _drawing(timeline, windows, per_s, unit),
         (*legend, ("box c7", "waiting")),
         tuple(notes),

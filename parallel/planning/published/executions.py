@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from parallel.planning.execution import Dispatcher, Execution, Graphs, Module, Precision, Routing, Stack
-from parallel.planning.models.architectures import plain
 from parallel.planning.published.recipes import Recipe
 from parallel.planning.published.rows import Row
 from parallel.planning.topology import HardwareTopology
@@ -114,8 +113,6 @@ def execution_of(row: Row, precision: Precision, recipe: Recipe | None, assumed:
         assumed.append("gradients reduced in bfloat16, as Megatron-Bridge's benchmarks set")
     plain_optimizer = stack == "automodel"  # torch's Adam on bfloat16 parameters, as its benchmarks set
     short_gradients = bridge or plain_optimizer or "mp mode pure" in notes or "bf16 gradients" in notes
-    # Recipes of DeepSeek-V3 in Megatron-Bridge keep both moments in bfloat16; its tests do not.
-    deepseek = stack == "megatron" and plain(row.model).startswith("deepseekv3") and not _tested(row)
     shard = re.search(r"shard degree (\d+)", notes)
     return Execution(
         precision=precision,
@@ -126,7 +123,7 @@ def execution_of(row: Row, precision: Precision, recipe: Recipe | None, assumed:
         offload=_offload(notes, recipe, assumed),
         offload_share=_offload_share(row, recipe),
         gradient_bytes=2 if short_gradients else 4,
-        moment_bytes=2 if deepseek or plain_optimizer or "bf16 moments" in notes else 4,
+        moment_bytes=2 if plain_optimizer or "bf16 moments" in notes else 4,
         master_bytes=0 if plain_optimizer else 4,
         expert_overlap=_expert_overlap(notes) or bool(recipe and recipe.expert_overlap),
         tensor_overlap=_tensor_overlap(row, stack, generation),

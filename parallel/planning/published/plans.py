@@ -112,6 +112,8 @@ class PlanReader:
         if not self.model.workload.has_experts or tp == 1:
             return 1
         whole = any(name in self.row.source.lower() for name in WHOLE_EXPERTS)
+        if self.row.gpus and self.row.gpus % (tp * (self.row.ep or 1) * (self.row.pp or 1)):
+            whole = True  # cut over tp as well they would need more devices
         etp = 1 if whole or self.execution.stack != "megatron" else tp
         self._assume(f"etp={etp}")
         return etp

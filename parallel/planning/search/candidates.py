@@ -41,7 +41,7 @@ INTERLEAVING = "with fewer micro-batches to interleave than pipeline ranks"
 
 
 class Degrees(NamedTuple):
-    """A layout in numbers. ``domain_ranks``: ranks that a domain takes (``Placement``)."""
+    """A layout in numbers, or many in arrays. ``domain_ranks``: ranks that a domain takes (``Placement``)."""
 
     tp: int
     cp: int
@@ -56,6 +56,13 @@ class Degrees(NamedTuple):
     @property
     def world_size(self) -> int:
         return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def edp(self) -> int:
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    def degree(self, axis: str) -> int:
+        return int(getattr(self, axis))
 
     def micro_batches(self, global_batch: int) -> int:
         return global_batch // (self.dp * self.micro_batch)

@@ -3,32 +3,40 @@
     answer = search(Problem(workload, global_batch=4096, topology=load_hardware("gb200-nvl72"), gpus=256))
     answer.winner.label, answer.winner.time.step_s, [loser.reason for loser in answer.runners_up]
 
-The search is exhaustive and yet does not predict everything. Layouts that differ only in pipeline, data parallelism and
-relief do the same work a micro-batch: one prediction for each kind of micro-batch bounds the time of all of them from
-below, and they are taken in the order of their bounds until none that is left can be among the best.
+The search is exhaustive and yet does not look at everything. Step times are found for many layouts at once
+(``step_times.py``), in the order of what they take at least; memory is asked about for the fastest first, until none
+that is left can be among the best; and only these are predicted part by part.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, nsmallest
+from heapq import heappop, heappush, nsmallest
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from parallel.planning.capabilities import TABLE, features_of
 from parallel.planning.execution import Execution
 from parallel.planning.memory.prediction import MemoryPrediction, predict_memory
 from parallel.planning.search import reasons, shortfall
-from parallel.planning.search.bounds import Bounds
 from parallel.planning.search.candidates import Degrees, Space
 from parallel.planning.search.problem import Problem
+from parallel.planning.search.room import Room
 from parallel.planning.search.scored import MemoryPredictor, Scored, TimePredictor, remembering_time
-from parallel.planning.search.ways import Relief, Steps, Ways
+from parallel.planning.search.step_times import ROUNDING, StepTimes, distinct
+from parallel.planning.search.ways import PLAIN, SHARDED, Relief, Steps, Ways
 from stoker.errors import Refusal
 
 #: Why a candidate is refused, as those of ``candidates.py``.
 MEMORY = "too large for the memory"
+#: Pairs whose times are found together: with as little relief as there is, and with more.
+PRICED_FIRST, PRICED = 2048, 512
+
+#: What runners-up differ in: tp, cp, pp, ep, etp, and whether weights are sharded (FSDP).
+Layout = tuple[int, int, int, int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class RunnerUp:
 @dataclass(frozen=True)
 class Answer:
     """``runners_up``: the best of each other (tp, cp, pp, ep, etp, FSDP), with why it loses. ``considered``: layouts in
-    all; ``bounded``: those that a bound showed to be slower, without a prediction; ``refused``: by reason.
+    all; ``predicted``: part by part; ``bounded``: shown to be slower without; ``refused``: by reason.
     ``beyond``: features of the winner that the engine does not have, with their status (``what_if`` only)."""
 
     problem: Problem
@@ -99,73 +107,127 @@ def search(
 
 
 class _Search:
-    """One search, best bound first: what waits, the best of each layout so far, and what was refused."""
+    """One search, fastest first: what waits, the best of each layout so far, and what was refused.
+
+    A way to run a layout is a pair of their numbers. With as little relief as there is, pairs are priced in the order
+    of what they take at least; with more, where less does not fit.
+    """
 
     def __init__(
         self, problem: Problem, predict_time: TimePredictor, predict_memory: MemoryPredictor, top: int
     ) -> None:
-        self.problem, self.top = problem, top
-        self.predict_time, self.predict_memory = predict_time, predict_memory
+        self.problem, self.top, self.predict_time = problem, top, predict_time
         self.ways = Ways(problem)
         self.space = Space(problem, self.ways.stages)
-        self.bounds = Bounds(self.ways, predict_time, predict_memory)
-        self.considered = self.predicted = self.bounded = self.hopeless = 0
-        self.best: dict[tuple[Any, ...], Scored] = {}
+        self.room = Room(self.ways, predict_memory)
+        self.considered = self.predicted = self.bounded = 0
+        self.best: dict[Layout, Scored] = {}
         self.enough_s = float("inf")  # what is slower than this is not among the top
-        self._fitting: dict[tuple[Degrees, int], list[Relief]] = {}
-        self._seen: set[tuple[Degrees, int, Steps]] = set()
-        self._slower: set[tuple[Degrees, int]] = set()
+        self._waiting: list[_Candidate] = []
+        self._unpriced: list[tuple[int, int, Steps]] = []
+        self._fitting: dict[tuple[int, int], list[Relief]] = {}
+        self._seen: set[tuple[int, int, Steps]] = set()
+        self._slower: set[tuple[int, int]] = set()
 
     def run(self) -> list[Scored]:
-        waiting = list(self._candidates())
-        heapify(waiting)
-        while waiting:
-            candidate = heappop(waiting)
-            if candidate.bound_s > self.enough_s:
-                self._slower.update(each.layout for each in (candidate, *waiting))
+        self.layouts = list(self.space.degrees())
+        if not self.layouts:
+            return []
+        self.times = StepTimes(self.ways, self.layouts, self.predict_time.calibration)
+        bound_s, layouts, executions = self._hopeful()
+        for first in range(0, len(layouts), PRICED_FIRST):
+            portion = slice(first, first + PRICED_FIRST)
+            if bound_s[first] > self.enough_s:
                 break
-            for relieved in self._try(candidate):
-                heappush(waiting, relieved)
-        misfits = {layout for layout, fitting in self._fitting.items() if not fitting} - self._slower
-        self.space.refused[MEMORY] += len(misfits) + self.hopeless
-        self.bounded = len(self._slower)
+            self._price_plain(layouts[portion], executions[portion])
+            self._settle(bound_s[portion.stop] if portion.stop < len(bound_s) else float("inf"))
+        self._slower.update((each.layout, each.execution) for each in self._waiting)
+        misfits = {pair for pair, fitting in self._fitting.items() if not fitting} - self._slower
+        self.space.refused[MEMORY] += len(misfits) + self.considered - len(layouts)
+        self.bounded = len(layouts) - len(misfits) - len(self._fitting.keys() - misfits - self._slower)
         return sorted(self.best.values(), key=order)[: self.top]
 
-    def _candidates(self) -> Iterator[_Candidate]:
-        """Every layout under every execution, with as little relief as there is."""
-        for degrees in self.space.degrees():
-            reliefs = list(self.ways.reliefs(degrees).values())
-            least, most = reliefs[0], reliefs[-1]
-            for index, execution in enumerate(self.ways.executions):
-                if not self.ways.runs(degrees, execution):
-                    continue
-                self.considered += 1
-                if self.bounds.may_fit(degrees, execution, most):
-                    yield _Candidate(self.bounds.step_s(degrees, execution, least), degrees, index, least.steps)
-                else:
-                    self.hopeless += 1
+    def _hopeful(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs of a layout and an execution that may fit with all the relief there is, those first that take least;
+        with that time."""
+        degrees = self.times.degrees
+        most, which = distinct(list(self.ways.reliefs(each).values())[-1] for each in self.layouts)
+        found = []
+        for number, execution in enumerate(self.ways.executions):
+            runs = np.flatnonzero(self.ways.runs(degrees, execution))
+            self.considered += len(runs)
+            least = np.choose(which, [self.ways.least_bytes(degrees, relief, execution) for relief in most])
+            held = runs[least[runs] <= self.room.capacity]
+            found.append((self.times.least_s(number)[held], held, np.full(len(held), number)))
+        bound_s, layouts, executions = (np.concatenate(each) for each in zip(*found, strict=True))
+        fastest = np.argsort(bound_s, kind="stable")
+        return bound_s[fastest], layouts[fastest], executions[fastest]
 
-    def _try(self, candidate: _Candidate) -> Iterator[_Candidate]:
+    def _price_plain(self, layouts: np.ndarray, executions: np.ndarray) -> None:
+        """Put pairs among those that wait. What is sharded may be faster for it, and is tried where it has to be."""
+        reliefs = [self.ways.reliefs(self.layouts[layout]) for layout in layouts.tolist()]
+        step_s = self.times.seconds(layouts, executions, [next(iter(each.values())) for each in reliefs])
+        early_s = step_s.copy()
+        if (sharded := np.array([SHARDED in each for each in reliefs])).any():
+            chosen = [each[SHARDED] for each in reliefs if SHARDED in each]
+            sharded_s = self.times.seconds(layouts[sharded], executions[sharded], chosen)
+            early_s[sharded] = np.minimum(early_s[sharded], sharded_s)
+        for each in zip(early_s.tolist(), step_s.tolist(), layouts.tolist(), executions.tolist(), strict=True):
+            heappush(self._waiting, _Candidate(*each, PLAIN))
+
+    def _price(self) -> None:
+        """Put what has more relief among those that wait."""
+        layouts, executions, steps = zip(*self._unpriced, strict=True)
+        reliefs = [self.ways.reliefs(self.layouts[layout])[step] for layout, step in zip(layouts, steps, strict=True)]
+        step_s = self.times.seconds(np.array(layouts), np.array(executions), reliefs).tolist()
+        for seconds, unpriced in zip(step_s, self._unpriced, strict=True):
+            heappush(self._waiting, _Candidate(seconds, seconds, *unpriced))
+        self._unpriced = []
+
+    def _settle(self, until_s: float) -> None:
+        """Try what waits and is faster than ``until_s``, and what comes of it."""
+        while True:
+            fast = self._waiting and self._waiting[0].early_s <= min(until_s, self.enough_s)
+            if fast and len(self._unpriced) < PRICED:
+                self._try(heappop(self._waiting))
+            elif self._unpriced:
+                self._price()
+            else:
+                return
+
+    def _try(self, candidate: _Candidate) -> None:
         """Predict a candidate if it fits; if not, it comes again with a step more of each relief."""
-        bound_s, degrees, index, steps = candidate
-        fitting = self._fitting.setdefault(candidate.layout, [])
-        reliefs, execution = self.ways.reliefs(degrees), self.ways.executions[index]
-        relief, least = reliefs[steps], next(iter(reliefs.values()))
-        if any(relief.beyond(less) for less in fitting):
+        pair, step_s = (candidate.layout, candidate.execution), candidate.step_s
+        degrees, execution = self.layouts[candidate.layout], self.ways.executions[candidate.execution]
+        reliefs = self.ways.reliefs(degrees)
+        relief = reliefs[candidate.steps]
+        fitting = self._fitting.setdefault(pair, [])
+        if any(relief.beyond(less) for less in fitting) or self._needless(candidate):
             return
-        if bound_s + self.bounds.once_s(degrees, execution, least) > self.enough_s:
-            self._slower.add(candidate.layout)
-        elif memory := self.bounds.fits(degrees, execution, relief):
+        found = self.best.get(_layout(degrees, relief))
+        beaten = step_s * (1 - ROUNDING) > min(self.enough_s, found.time.step_s if found else float("inf"))
+        if beaten and SHARDED not in reliefs:
+            self._slower.add(pair)
+        elif memory := self.room.fits(degrees, execution, relief):
             fitting.append(relief)
-            if bound_s + self.bounds.once_s(degrees, execution, relief) > self.enough_s:
-                self._slower.add(candidate.layout)
+            if beaten:
+                self._slower.add(pair)
             else:
                 self._predict(degrees, execution, relief, memory)
         else:
             for further in relief.further():
-                if further in reliefs and (degrees, index, further) not in self._seen:
-                    self._seen.add((degrees, index, further))
-                    yield _Candidate(self.bounds.step_s(degrees, execution, reliefs[further]), degrees, index, further)
+                if further in reliefs and (*pair, further) not in self._seen:
+                    self._seen.add((*pair, further))
+                    self._unpriced.append((*pair, further))
+
+    def _needless(self, candidate: _Candidate) -> bool:
+        """Whether weights are sharded that fit whole, which is for when they do not, though it be faster."""
+        sharded, *others = candidate.steps
+        if not sharded:
+            return False
+        degrees = self.layouts[candidate.layout]
+        whole = self.ways.reliefs(degrees)[0, others[0], others[1]]
+        return self.room.fits(degrees, self.ways.executions[candidate.execution], whole) is not None
 
     def _predict(self, degrees: Degrees, execution: Execution, relief: Relief, memory: MemoryPrediction) -> None:
         workload = self.problem.workload
@@ -173,7 +235,7 @@ class _Search:
         step = self.predict_time(workload, plan, run, topology)
         self.predicted += 1
         scored = Scored(workload, plan, run, self.problem.topology, degrees.domain_ranks, step, memory)
-        layout = (plan.tp, plan.cp, plan.pp, plan.ep, plan.etp, plan.zero == 3)
+        layout = _layout(degrees, relief)
         if layout in self.best and order(self.best[layout]) <= order(scored):
             return
         self.best[layout] = scored
@@ -182,16 +244,18 @@ class _Search:
 
 
 class _Candidate(NamedTuple):
-    """``bound_s``: no step of it is faster. ``execution``: which of the ways'; ``steps`` of its relief."""
+    """Numbers of a layout and of an execution, with ``steps`` of relief: ``step_s`` is what a step takes. ``early_s``:
+    what it takes with weights sharded, where that is less."""
 
-    bound_s: float
-    degrees: Degrees
+    early_s: float
+    step_s: float
+    layout: int
     execution: int
     steps: Steps
 
-    @property
-    def layout(self) -> tuple[Degrees, int]:
-        return self.degrees, self.execution
+
+def _layout(degrees: Degrees, relief: Relief) -> Layout:
+    return degrees.tp, degrees.cp, degrees.pp, degrees.ep, degrees.etp, relief.zero == 3
 
 
 def order(scored: Scored) -> tuple[Any, ...]:

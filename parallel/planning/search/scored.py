@@ -9,17 +9,11 @@ from parallel.planning.execution import Execution
 from parallel.planning.memory.prediction import MemoryPrediction
 from parallel.planning.placement import Placement, place
 from parallel.planning.plan import ParallelPlan
-from parallel.planning.timing.calibration import Calibration
+from parallel.planning.timing.calibration import Calibration, load_calibration
 from parallel.planning.timing.step_time import TimePrediction, predict_time
 from parallel.planning.timing.work import WorkTable
 from parallel.planning.topology import HardwareTopology
 from parallel.planning.workload import Workload
-
-
-class TimePredictor(Protocol):
-    def __call__(
-        self, workload: Workload, plan: ParallelPlan, execution: Execution, topology: HardwareTopology
-    ) -> TimePrediction: ...
 
 
 class MemoryPredictor(Protocol):
@@ -28,20 +22,25 @@ class MemoryPredictor(Protocol):
     ) -> MemoryPrediction: ...
 
 
-def remembering_time(calibration: Calibration | None = None) -> TimePredictor:
-    """``predict_time`` under a calibration (left out: the one that comes with Stoker) that remembers the work of the
-    layers it has met; for one search or a few."""
-    tables: dict[tuple[int, Execution, HardwareTopology], WorkTable] = {}
+class TimePredictor:
+    """``predict_time`` under a calibration that remembers the work of the layers it has met."""
 
-    def timed(
-        workload: Workload, plan: ParallelPlan, execution: Execution, topology: HardwareTopology
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self._tables: dict[tuple[int, Execution, HardwareTopology], WorkTable] = {}
+
+    def __call__(
+        self, workload: Workload, plan: ParallelPlan, execution: Execution, topology: HardwareTopology
     ) -> TimePrediction:
         key = (id(workload), execution, topology)  # the table keeps the workload alive, so the id is its own
-        if key not in tables:
-            tables[key] = WorkTable(workload, execution, topology)
-        return predict_time(workload, plan, execution, topology, calibration, tables[key])
+        if key not in self._tables:
+            self._tables[key] = WorkTable(workload, execution, topology)
+        return predict_time(workload, plan, execution, topology, self.calibration, self._tables[key])
 
-    return timed
+
+def remembering_time(calibration: Calibration | None = None) -> TimePredictor:
+    """For one search or a few. ``calibration`` left out: the one that comes with Stoker."""
+    return TimePredictor(calibration or load_calibration())
 
 
 @dataclass(frozen=True)

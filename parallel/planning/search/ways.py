@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from parallel.planning.execution import Dispatcher, Execution, Graphs, Module, Precision
 from parallel.planning.models.operations import MODULES
@@ -25,6 +25,8 @@ OPTIMIZER_SHARE = 0.05
 Offload = tuple[Literal["optimizer", "activations"], ...]
 #: How far along each of the three ways to need less memory: sharding, recompute, offload.
 Steps = tuple[int, int, int]
+#: No relief, and weights sharded (FSDP) where they may be.
+PLAIN, SHARDED = (0, 0, 0), (1, 0, 0)
 
 
 class Relief(NamedTuple):
@@ -85,27 +87,40 @@ class Ways:
         has = [precision for precision in finest if precision in self.problem.topology.device.peak_flops]
         return has[:1] if self.workload.has_experts else has
 
-    def runs(self, degrees: Degrees, execution: Execution) -> bool:
-        """Whether the layout has what the execution is about, where others are tried as well."""
+    def runs(self, degrees: Degrees, execution: Execution) -> Any:
+        """Whether the layout has what the execution is about, where others are tried as well; of many layouts, which
+        have."""
+        has = degrees.pp > 0
         if self.problem.execution:
-            return True
-        if execution.schedule == "zero_bubble" and (degrees.pp == 1 or degrees.vpp > 1):
-            return False
-        return degrees.ep > 1 or not execution.expert_overlap
+            return has
+        if execution.schedule == "zero_bubble":
+            has = has & (degrees.pp > 1) & (degrees.vpp == 1)
+        return has & (degrees.ep > 1) if execution.expert_overlap else has
 
     def reliefs(self, degrees: Degrees) -> Mapping[Steps, Relief]:
         """Ways to need less memory by their steps, the plain one first and the most of each last."""
-        what_if, host = self.problem.what_if, self.problem.topology.host_link.bandwidth is not None
+        what_if = self.problem.what_if
         # Sharded weights are gathered in every micro-batch: a pipeline would wait for them each time. (Gradients alone
         # sharded, ZeRO-2, are reduced in every micro-batch, which the time model does not count: not tried.)
         sharded = what_if and degrees.pp == 1 and degrees.dp > 1
         offload: tuple[Offload, ...] = (("activations",),)
         if self._optimizer_share(degrees) > OPTIMIZER_SHARE:
             offload = (("optimizer",), ("optimizer", "activations"))
+        return self._reliefs_for(sharded, offload)
+
+    def _reliefs_for(self, sharded: bool, offload: tuple[Offload, ...]) -> Mapping[Steps, Relief]:
         key = (sharded, offload)
         if key not in self._reliefs:
-            self._reliefs[key] = self._reliefs_of((1, 3) if sharded else (1,), ((), *offload * (what_if and host)))
+            host = self.problem.topology.host_link.bandwidth is not None
+            moved = offload * (self.problem.what_if and host)
+            self._reliefs[key] = self._reliefs_of((1, 3) if sharded else (1,), ((), *moved))
         return self._reliefs[key]
+
+    def every_relief(self) -> Iterator[Relief]:
+        """Those of any layout."""
+        moved: tuple[tuple[Offload, ...], ...] = ((("activations",),), (("optimizer",), ("optimizer", "activations")))
+        for offload in moved:
+            yield from self._reliefs_for(self.problem.what_if, offload).values()
 
     def _reliefs_of(self, zero: tuple[int, ...], offload: tuple[Offload, ...]) -> Mapping[Steps, Relief]:
         recompute: list[tuple[Recompute, tuple[Module, ...]]] = [("none", ()), ("selective", ()), ("full", ())]

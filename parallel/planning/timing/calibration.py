@@ -9,6 +9,7 @@ come from; ``fit.py`` makes it from published runs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -28,58 +29,91 @@ FORMAT, VERSION = "planner-calibration", 1
 class Constant:
     """``kind``: a ``rate`` is positive (fitted as a logarithm), a ``share`` lies in (0, 1) (as a logit), a ``shift``
     is a logarithm of a factor, 0 where nothing is known. ``prior`` and ``width``: what is believed before any run, in
-    those coordinates' natural values; ``width`` in the fitted coordinate."""
+    those coordinates' natural values; ``width`` in the fitted coordinate. ``least`` to ``most``: where it should lie if
+    it is what it is called, a shift as its factor; a fit is not held to that, and what lies outside is told."""
 
     name: str
     kind: Literal["rate", "share", "shift"]
     prior: float
     width: float
     meaning: str
+    least: float = 0.0
+    most: float = math.inf
+
+    def natural(self, value: float) -> float:
+        """A shift as the factor that it is."""
+        return math.exp(value) if self.kind == "shift" else value
+
+    def is_physical(self, value: float) -> bool:
+        return self.least <= self.natural(value) <= self.most
 
 
 #: Stacks told apart from Megatron-core, and how much slower their kernels are believed to be: unfused and eager.
 STACKS = {"fsdp": -0.15, "torchtitan": -0.15, "automodel": -0.15, "primus": -0.1, "neuron": -0.2}
 
 CONSTANTS = (
-    Constant("product", "rate", 0.70, 0.06, "achieved share of peak of a large matrix product in the base dtype"),
+    Constant(
+        "product", "rate", 0.70, 0.06, "achieved share of peak of a large matrix product in the base dtype", most=1.0
+    ),
     Constant("power", "rate", 0.4, 0.2, "power of its growth with watts per TFLOP/s, against 0.5: clocks follow power"),
     *(
         Constant(f"product.{name}", "shift", 0.0, 0.05, f"the same on {name}, beside what its power explains")
         for name in ("ampere", "hopper", "blackwell", "blackwell-ultra")
     ),
-    Constant("precision.fp8", "rate", 0.92, 0.1, "FP8 by tensor scales: share of its peak, against the base dtype's"),
-    Constant("precision.fp8_block", "rate", 0.8, 0.1, "FP8 by blocks of 128 or by rows"),
-    Constant("precision.mxfp8", "rate", 0.88, 0.1, "FP8 by blocks of 32"),
-    Constant("precision.nvfp4", "rate", 0.6, 0.2, "FP4 by blocks of 16, some products in more bits"),
-    Constant("attention", "rate", 0.6, 0.1, "achieved share of peak of flash attention at head dim 128"),
+    Constant(
+        "precision.fp8",
+        "rate",
+        0.92,
+        0.1,
+        "FP8 by tensor scales: share of its peak, against the base dtype's",
+        most=1.0,
+    ),
+    Constant("precision.fp8_block", "rate", 0.8, 0.1, "FP8 by blocks of 128 or by rows", most=1.0),
+    Constant("precision.mxfp8", "rate", 0.88, 0.1, "FP8 by blocks of 32", most=1.0),
+    Constant("precision.nvfp4", "rate", 0.6, 0.2, "FP4 by blocks of 16, some products in more bits", most=1.0),
+    Constant("attention", "rate", 0.6, 0.1, "achieved share of peak of flash attention at head dim 128", most=1.0),
     *(
         Constant(f"attention.{name}", "shift", 0.0, 0.12, f"the same on {name}, against the common value")
         for name in ("ampere", "hopper", "blackwell", "blackwell-ultra")
     ),
-    Constant("attention.early", "rate", 0.65, 0.15, "attention kernels before 2024 on Ampere, against later ones"),
-    Constant("linear", "rate", 0.09, 0.4, "achieved share of peak of chunked linear attention and state spaces"),
-    Constant("experts", "rate", 0.85, 0.07, "grouped products of experts against dense ones of the same shapes"),
-    Constant("memory", "rate", 0.45, 0.2, "achieved share of memory bandwidth, against ideally fused kernels"),
-    Constant("routing", "rate", 0.25, 0.3, "the same for routed tokens: permutation, padding, quantisation"),
-    Constant("routing.fused", "shift", 0.5, 0.3, "the same where products and what lies between are one kernel"),
+    Constant(
+        "attention.early", "rate", 0.65, 0.15, "attention kernels before 2024 on Ampere, against later ones", most=1.0
+    ),
+    Constant(
+        "linear", "rate", 0.09, 0.4, "achieved share of peak of chunked linear attention and state spaces", most=1.0
+    ),
+    Constant(
+        "experts", "rate", 0.85, 0.07, "grouped products of experts against dense ones of the same shapes", most=1.0
+    ),
+    Constant(
+        "memory", "rate", 0.45, 0.2, "achieved share of memory bandwidth, against ideally fused kernels", most=1.0
+    ),
+    Constant("routing", "rate", 0.25, 0.3, "the same for routed tokens: permutation, padding, quantisation", most=1.0),
+    Constant(
+        "routing.fused", "shift", 0.5, 0.3, "the same where products and what lies between are one kernel", least=1.0
+    ),
     *(
-        Constant(f"routing.{name}", "shift", 0.1, 0.2, f"the same with software from {name} on")
+        Constant(f"routing.{name}", "shift", 0.1, 0.2, f"the same with software from {name} on", least=1.0)
         for name in ("2025-11", "2026-02")
     ),
     Constant("kernel_gap_s", "rate", 4e-6, 0.2, "start-up and drain of an operation's kernels on the device, seconds"),
     Constant("routed_kernel_s", "rate", 1.5e-5, 0.5, "the same of operations of routing, which wait for counts"),
     Constant("expert_kernel_s", "rate", 1.5e-5, 0.5, "the same of a product of one expert, quantisation included"),
-    Constant("links", "rate", 0.85, 0.05, "achieved share of link bandwidth of collectives"),
-    Constant("exchange", "rate", 0.75, 0.12, "achieved share of link bandwidth of the expert exchange"),
+    Constant("links", "rate", 0.85, 0.05, "achieved share of link bandwidth of collectives", most=1.0),
+    Constant("exchange", "rate", 0.75, 0.12, "achieved share of link bandwidth of the expert exchange", most=1.0),
     Constant("tensor_overlap", "share", 0.6, 0.5, "share of tensor-parallel traffic hidden, where it is overlapped"),
     Constant("expert_overlap", "share", 0.8, 0.8, "share of the expert exchange hidden, where it is overlapped"),
     Constant("contention", "share", 0.1, 0.5, "slow-down of computation under hidden traffic, seconds a second"),
     Constant("weights_contention", "share", 0.25, 0.5, "the same under gathers of sharded weights (FSDP)"),
     Constant("stragglers", "rate", 0.004, 0.3, "growth of the step with every doubling of the ranks above eight"),
     Constant("step_s", "rate", 0.01, 0.4, "seconds of a step that nothing above explains"),
-    Constant("real_routing", "rate", 0.85, 0.15, "speed of experts under a router's own balance, against even load"),
+    Constant(
+        "real_routing", "rate", 0.85, 0.15, "speed of experts under a router's own balance, against even load", most=1.0
+    ),
     *(
-        Constant(f"stack.{name}", "shift", prior, 0.1, f"speed of computation under {name}, against Megatron-core")
+        Constant(
+            f"stack.{name}", "shift", prior, 0.1, f"speed of computation under {name}, against Megatron-core", most=1.0
+        )
         for name, prior in STACKS.items()
     ),
 )

@@ -16,7 +16,8 @@ import numpy as np
 from parallel.planning.execution import Execution
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.timing.calibration import Calibration, Efficiencies, load_calibration
-from parallel.planning.timing.work import BACKWARD, COLUMN, StepWork, WorkTable
+from parallel.planning.timing.layers import BACKWARD, COLUMN
+from parallel.planning.timing.work import StepWork, WorkTable
 from parallel.planning.topology import HardwareTopology
 from parallel.planning.workload import Workload
 
