@@ -38,11 +38,11 @@ verify: lint ## the whole of it, long tests included
 gpu-check: $(READY) ## the tests that need a GPU; skips with the reason where there is none
 	$(RUN) -m pytest -m gpu -s -rs $(PYTEST)
 
-faults: ## not there yet
-	@echo "make faults: the checkpoint fault sweep is not there yet." >&2; exit 2
+faults: $(READY) ## the fault matrix, played on real runs: docs/fault-matrix.md
+	$(RUN) -m tests.faults
 
-soak: ## not there yet
-	@echo "make soak: the long run under random faults is not there yet." >&2; exit 2
+soak: $(READY) ## half an hour of random faults; the curve must be the undisturbed one: docs/measurements/soak.md
+	$(RUN) -m tests.faults.soak
 
 clean: ## remove caches and build output (never data/, runs/ or the environment)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -46,12 +46,13 @@ def calibrate(announce: Callable[[str], None] = print) -> Measured:
     counts = [count for count in COUNTS if count <= (devices or cores())]
     runs = trainings(min(max(counts), TRAINING_RANKS), devices > 0)
     announce(f"measuring {topology.device.name}: {len(runs)} short trainings, in about three minutes")
+    environment = rank_environment(cores(), devices > 0, deterministic=True)
     with tempfile.TemporaryDirectory(prefix="stoker-calibrate-") as scratch:
         folder = Path(scratch)
         write_store(folder)
         with (
             progress("calibrating", ROUNDS * len(runs)) as advance,
-            Ranks(max(counts), rank_environment(cores(), devices > 0, deterministic=True), folder / "ranks.log") as ranks,
+            Ranks(max(counts), environment, folder / "ranks.log") as ranks,
         ):
             figures = {count: ranks.measure(count, _threads(count)) for count in counts}
             timed = _train(ranks, runs, folder, began, lambda: advance(1))

@@ -15,7 +15,10 @@ import typer
 
 from launch.commands_checkpoint import checkpoint
 from launch.commands_data import data
+from launch.commands_launch import launch
 from launch.commands_plan import plan
+from launch.commands_sweep import sweep
+from launch.commands_watch import logs, status, watch
 from pretrain.guard import require_own_rooms
 from stoker.errors import Refusal
 
@@ -31,10 +34,14 @@ app = typer.Typer(
 app.add_typer(plan)
 app.add_typer(data)
 app.add_typer(checkpoint)
+app.add_typer(launch)
+for command in (sweep, status, logs, watch):
+    app.command()(command)
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A .yaml file, or the name of a preset.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="What differs from it.")]
 _RANKS_HELP = "Processes; by default as many as suit this machine."
+_RESTARTS_HELP = "Restarts after faults, other than launch.max_restarts."
 Ranks = Annotated[int | None, typer.Option("--ranks", "--gpus", min=1, help=_RANKS_HELP)]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
 
@@ -50,20 +57,25 @@ def train(
     config: Config,
     overrides: Overrides = None,
     ranks: Ranks = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="How often torchrun starts failed ranks again.")] = 0,
+    max_restarts: Annotated[int | None, typer.Option(min=0, help=_RESTARTS_HELP)] = None,
 ) -> None:
-    """Train on this machine: validate, choose a layout, call torchrun. A run with a checkpoint resumes by itself."""
+    """Train on this machine: validate, choose a layout, start ranks and watch them. A run with a checkpoint resumes."""
     from launch.local import train
 
     raise typer.Exit(train(config, overrides or (), ranks, max_restarts))
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option("--config", help="Also check this machine for a run of it.")] = None,
+    ranks: Ranks = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
     """What is installed, what is missing, and what each absence costs."""
     from launch.doctor import main
 
-    raise typer.Exit(main())
+    raise typer.Exit(main(config, overrides or (), ranks, as_json))
 
 
 @app.command()
@@ -85,11 +97,15 @@ def generate(
 
 
 @app.command()
-def report(run: RunDir) -> None:
-    """Write a run's report.html and print its path."""
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="A run directory, or that of a sweep.")],
+) -> None:
+    """Write a run's report.html, or a sweep's, and print its path."""
+    from launch.sweep.report import is_sweep
+    from launch.sweep.report import write_report as write_sweep_report
     from pretrain.report import write_report
 
-    typer.echo(write_report(run))
+    typer.echo(write_sweep_report(run) if is_sweep(run) else write_report(run))
 
 
 @app.command()

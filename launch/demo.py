@@ -1,9 +1,10 @@
-"""``make demo``: a whole run on this machine: corpus, training on two processes, a rank killed, resume, text.
+"""``make demo``: a whole run on this machine: corpus, training on two processes, a rank killed, recovery, text.
 
     python -m launch.demo [section.key=value ...]
 
 Everything it says at the end it measured. It fails (exit code 1) where the model is no better than the frequency of
-tokens, where experts are used unevenly, or where resuming did not repeat the steps that the killed attempt had done.
+tokens, where experts are used unevenly, or where the run that went on by itself did not repeat, to the last bit, the
+steps that the killed attempt had done.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.local import train
-from launch.torchrun import Torchrun
+from launch.supervise import journal
+from launch.supervise.agent import Agent
 from pretrain import events
 from pretrain.config import RunConfig, load
 from pretrain.events import METRICS, StepEvent
@@ -55,24 +58,21 @@ class Kill:
     step: int = 0
     chance: random.Random = field(default_factory=random.SystemRandom)
 
-    def watch(self, torchrun: Torchrun) -> None:
+    def watch(self, agent: Agent) -> None:
         root, every = self.config.run_dir, self.config.checkpoint.every or 1
         after = self.chance.randint(1, every - 1) if every > 1 else 0
-        while torchrun.running:
+        while agent.running:
             steps = committed_steps(root)
             if steps and num_lines(root) >= max(steps) + after:
                 time.sleep(self.chance.uniform(0, self.pause_s))
                 if num_lines(root) <= max(committed_steps(root)):
                     continue  # a checkpoint came meanwhile: nothing would be done twice
-                ranks = torchrun.ranks()
-                if not ranks:
+                if not (ranks := sorted(agent.pids())):
                     return
-                self.rank, process = self.chance.choice(sorted(ranks.items()))
-                process.kill()
+                self.rank = self.chance.choice(ranks)
+                agent.signal(self.rank, signal.SIGKILL)
                 self.checkpoint, self.step = max(committed_steps(root)), num_lines(root)
-                print(
-                    f"rank {self.rank} was sent SIGKILL in step {self.step}; the other will say it is gone", flush=True
-                )
+                print(f"rank {self.rank} was sent SIGKILL in step {self.step}; nobody else does anything", flush=True)
                 return
             time.sleep(0.05)
 
@@ -96,14 +96,10 @@ def _demo(overrides: Sequence[str], began: float) -> int:
 
     _title(f"train on {RANKS} processes, and kill one")
     kill = Kill(config)
-    code = train(PRESET, overrides, RANKS, watch=kill.watch)
-    if kill.rank is None:
-        if code:
-            return code
-        raise Refusal(f"the run ended before a rank could be killed: raise run.steps above {config.run.steps}")
-    _title("the same command again")
-    if code := train(PRESET, overrides, RANKS):
+    if code := train(PRESET, overrides, RANKS, watch=kill.watch):
         return code
+    if kill.rank is None:
+        raise Refusal(f"the run ended before a rank could be killed: raise run.steps above {config.run.steps}")
 
     _title("text")
     from pretrain.generate import generate
@@ -120,7 +116,9 @@ def _demo(overrides: Sequence[str], began: float) -> int:
     _title("what was done")
     for line in (
         *_told(config, corpus, run),
-        f"killed:     rank {kill.rank}, SIGKILL in step {kill.step}; resumed from step {kill.checkpoint}, {redone}",
+        f"killed:     rank {kill.rank}, SIGKILL in step {kill.step}; the run went on by itself from step "
+        f"{kill.checkpoint}, {redone}",
+        f"recovery:   {_recovery(config.run_dir)}",
         *_held_out(run[-1], baselines),
         f"experts:    largest load over the mean {_imbalance(run):.2f} at the end (limit {MAX_IMBALANCE:.0f})",
         f"report:     {report}",
@@ -182,6 +180,12 @@ class Redone:
 
     def __str__(self) -> str:
         return f"{self.steps} steps redone, {self.equal} of them equal to the last bit"
+
+
+def _recovery(run_dir: Path) -> str:
+    """What the supervisor measured."""
+    again = [line["seconds"] for line in journal.read(run_dir) if line["event"] == "training" and "seconds" in line]
+    return ", ".join(f"{seconds:.1f} s from noticing until the first step was done again" for seconds in again)
 
 
 def _baselines(config: RunConfig) -> dict[str, tuple[float, float]]:

@@ -1,18 +1,21 @@
 """What is installed, what is missing, and what each absence costs.
 
-Everything is read from package metadata, the file system and the environment: nothing heavy is imported and nothing is
-changed, so it answers in a second, on a broken installation too.
+Everything is read from package metadata, the file system and the environment; nothing is changed, and nothing heavy is
+imported in this process, so it answers in a second, on a broken installation too. Of optional packages with compiled
+parts, installed says little: those that are there are imported in a process of their own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,10 +23,13 @@ from typing import TYPE_CHECKING, Literal
 from packaging.requirements import Requirement
 
 from pretrain import guard
+from stoker import formats
 from stoker.errors import Refusal
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from launch.preflight.report import Report
 
 Status = Literal["ok", "absent", "wrong"]
 GIB = 2**30
@@ -50,6 +56,16 @@ OPTIONAL = {
     "ray": ("Ray", "data prepare runs on this machine only", "pip install 'stoker[ray]'"),
     "transformers": ("transformers", "no Hugging Face peer in tests and benchmarks", "pip install 'stoker[test]'"),
 }
+#: Of those with compiled parts: what is imported to see whether they work here.
+IMPORTS = {
+    "flash-attn": "from flash_attn import flash_attn_func",
+    "transformer-engine": "import transformer_engine.pytorch",
+    "flash-linear-attention": "from fla.ops.gated_delta_rule import chunk_gated_delta_rule",
+    "deep-ep": "from deep_ep import Buffer",
+    "apex": "import amp_C; from apex.optimizers import FusedAdam",
+}
+#: Seconds that such an import may take; torch alone takes a few.
+IMPORT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ def diagnose(directory: Path | None = None) -> list[Finding]:
     """Every finding, software first; `directory` is where runs will be written (default: the working directory)."""
     return [
         _python(),
-        *_required(),
+        *required(),
         _cuda(),
         *_optional(),
         _apex(),
@@ -104,7 +120,8 @@ def _python() -> Finding:
     return Finding("Python", status, platform.python_version(), "nothing starts", "use Python 3.11 or newer")
 
 
-def _required() -> Iterator[Finding]:
+def required() -> Iterator[Finding]:
+    """What Stoker cannot do without, against the versions that it asks for."""
     try:
         lines = metadata.requires(guard.DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -152,17 +169,52 @@ def _cuda() -> Finding:
     return Finding("CUDA device", "ok", found)
 
 
-def _optional() -> Iterator[Finding]:
-    for distribution, (name, cost, advice) in OPTIONAL.items():
-        version = _version(distribution)
-        yield Finding(name, "ok" if version else "absent", version or "not installed", cost, advice)
+def _optional() -> list[Finding]:
+    """Installed and, where that is not the same, usable; imports run side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_one_optional, OPTIONAL))
+
+
+def _one_optional(distribution: str) -> Finding:
+    name, cost, advice = OPTIONAL[distribution]
+    version = _version(distribution)
+    if version is None:
+        return Finding(name, "absent", "not installed", cost, advice)
+    if (failure := unusable(distribution)) is not None:
+        return Finding(
+            name, "absent", f"{version}, and cannot be used: {failure}", cost, "build it for this torch, or remove it"
+        )
+    return Finding(name, "ok", f"{version}, usable" if distribution in IMPORTS else version)
+
+
+def unusable(distribution: str) -> str | None:
+    """Why the import of an installed package fails, found in a process of its own; None where it works or is not tried.
+
+    A package that crashes the interpreter, or hangs, does so there.
+    """
+    statement = IMPORTS.get(distribution)
+    if statement is None:
+        return None
+    try:
+        done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=IMPORT_S)
+    except subprocess.TimeoutExpired:
+        return f"its import takes more than {IMPORT_S:g} s"
+    if done.returncode == 0:
+        return None
+    said = done.stderr.strip().splitlines()
+    return said[-1] if said else f"its import ends the interpreter (exit code {done.returncode})"
 
 
 def _apex() -> Finding:
     cost = "nothing yet: torch's fused AdamW updates the weights"
     match guard.apex():
         case "built":
-            return Finding("NVIDIA Apex", "ok", _version("apex") or "built")
+            version, failure = _version("apex") or "built", unusable("apex")
+            if failure is None:
+                return Finding("NVIDIA Apex", "ok", f"{version}, usable")
+            return Finding(
+                "NVIDIA Apex", "absent", f"{version}, and cannot be used: {failure}", cost, "rebuild it for this torch"
+            )
         case "unbuilt":
             return Finding(
                 "NVIDIA Apex", "absent", "without its CUDA operators", cost, "rebuild it with --cpp_ext --cuda_ext"
@@ -249,13 +301,34 @@ def _space(name: str, path: Path, wanted_bytes: int, cost: str, advice: str) -> 
     return Finding(name, "ok" if free >= wanted_bytes else "absent", f"{free / GIB:.1f} GiB free", cost, advice)
 
 
-def main() -> int:
-    """Print the table; exit code 2 if anything found is wrong."""
-    from rich.console import Console
-
+def main(
+    config: str | None = None, overrides: Sequence[str] = (), ranks: int | None = None, as_json: bool = False
+) -> int:
+    """Print the table, as JSON if asked; with a configuration also the preflight of this machine for its run. Exit code
+    2 if anything found is wrong, or a run would be refused."""
+    if overrides and config is None:
+        raise Refusal(f"{' '.join(overrides)}: overrides of which configuration? Give --config CONFIG")
     findings = diagnose()
-    Console().print(table(findings))
-    return 0 if healthy(findings) else 2
+    report = None if config is None else _preflight(config, overrides, ranks)
+    if as_json:
+        shown = {"format": formats.stamp("doctor", 1), "findings": [asdict(finding) for finding in findings]}
+        print(json.dumps(shown | ({"preflight": report.to_dict()} if report else {}), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(table(findings))
+        if report:
+            Console().print(report.table())
+    return 0 if healthy(findings) and not (report and report.refused) else 2
+
+
+def _preflight(config: str, overrides: Sequence[str], ranks: int | None) -> Report:
+    from launch.machine import choose_ranks
+    from launch.preflight.run import preflight
+    from pretrain.config import load
+
+    loaded = load(config, overrides)
+    return preflight(loaded, choose_ranks(loaded, announce=lambda text: None) if ranks is None else ranks)
 
 
 if __name__ == "__main__":

@@ -1,119 +1,114 @@
-"""``stoker train``: a run on this machine. Validates here, so that a refusal is one line; then torchrun takes over."""
+"""``stoker train``: a run on this machine. Validates here, so that a refusal is one line; then the agent takes over."""
 
 from __future__ import annotations
 
-import signal
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from launch.machine import choose_ranks, environment_for
-from launch.torchrun import Failure, Torchrun, command, command_line
-from pretrain.attempt import Exit, ExitClass, amend_exit, read_exit, record_exit
-from pretrain.config import load
+from launch.preflight.run import quick
+from launch.supervise import logs
+from launch.supervise.agent import Agent, Work, asked_to_end
+from launch.supervise.node import Alone
+from launch.supervise.policy import Decision
+from pretrain.attempt import ExitClass
+from pretrain.config import RunConfig, load
 from pretrain.run import World, validate
-from pretrain.rundir import attempt_path, attempts
-from stoker.files import write_atomic
+from pretrain.rundir import attempts
+from stoker.secrets import MASK, mask
 
-TORCHRUN_LOG = "torchrun.log"
+#: Events that a webhook is told of.
+TOLD = ("fault", "restart", "stop", "end")
+WEBHOOK = "launch.webhook"
 
 
 def train(
     source: str,
     overrides: Sequence[str] = (),
     ranks: int | None = None,
-    max_restarts: int = 0,
-    watch: Callable[[Torchrun], None] | None = None,
+    max_restarts: int | None = None,
+    watch: Callable[[Agent], None] | None = None,
 ) -> int:
     """Run a configuration on ``ranks`` processes of this machine (None: as many as suit it); returns the exit code of
-    DESIGN section 8. ``watch`` is called once they have been started.
+    DESIGN section 8. ``max_restarts``: other than ``launch.max_restarts``. ``watch`` runs beside it in a thread.
 
-    SIGINT and SIGTERM ask the ranks for an urgent checkpoint; a second one ends them at once.
+    SIGINT, SIGTERM and SIGUSR1 ask the ranks for an urgent checkpoint; a second one ends them at once.
     """
     config = load(source, overrides)
     ranks = choose_ranks(config) if ranks is None else ranks
-    first = validate(config, World(rank=0, size=ranks, local_rank=0), announce=_silent)
-    assert first is not None
+    validate(config, World(rank=0, size=ranks, local_rank=0), announce=_silent)
+    quick(config, ranks).refuse()
+    restarts = config.launch.max_restarts if max_restarts is None else max_restarts
     environment = environment_for(config, ranks)
-    arguments = [source, *overrides]
-    print(f"$ {command_line(command(arguments, ranks, max_restarts), environment)}", flush=True)
-    with Torchrun(arguments, ranks, environment, max_restarts) as torchrun, _asked_to_end(torchrun):
-        if watch is not None:
-            watch(torchrun)
-        code = torchrun.wait()
-    return conclude(config.run_dir, first.attempt, code, torchrun)
+    print(f"$ {by_hand([source, *overrides], ranks, environment)}", flush=True)
+    node = Alone(config.run_dir, ranks, restarts, listeners(config))
+    agent = Agent(Work(config.run_dir, (source, *overrides), ranks, environment, config.launch), node)
+    with asked_to_end(agent), _beside(watch, agent):
+        code = agent.run()
+    conclude(config, agent.decision)
+    return code
 
 
-def conclude(run_dir: Path, first_attempt: int, code: int, torchrun: Torchrun) -> int:
-    """The exit code of the command, and one line on stderr that says why, where a rank has not said it already.
-
-    torchrun turns every code of a rank into 1; how the attempt ended stands in its ``exit.json``.
-    """
-    number = max(attempts(run_dir), default=0)
-    path = attempt_path(run_dir, number) if number >= first_attempt else None
-    ended = read_exit(path) if path else None
-    if path and torchrun.report:
-        write_atomic(path / TORCHRUN_LOG, torchrun.report)
-    if path and torchrun.failure and torchrun.failure.killed:
-        _name_killed(path, ended, torchrun.failure)
-    if code == 0:
-        return ExitClass.DONE.code
-    outcome, reason = _explain(ended, torchrun)
-    if outcome is not ExitClass.REFUSED:  # rank 0 has said it
-        where = f" ({path / TORCHRUN_LOG})" if path and outcome is ExitClass.FAULT else ""
-        print(f"{outcome.value}: {' '.join(reason.split())}{where}", file=sys.stderr, flush=True)
-    return outcome.code
+def by_hand(arguments: Sequence[str], ranks: int, environment: Mapping[str, str]) -> str:
+    """The command that does the same without a supervisor, as a person types it into a shell; secrets are masked."""
+    shown = [f"{WEBHOOK}={MASK}" if argument.startswith(f"{WEBHOOK}=") else mask(argument) for argument in arguments]
+    command = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "pretrain", *shown]
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
 
 
-def _name_killed(path: Path, ended: Exit | None, killed: Failure) -> None:
-    """Complete ``exit.json`` where no rank could say whose fault the end was."""
-    if ended is None:
-        record_exit(path, ExitClass.FAULT, str(killed), killed.rank)
-    elif ended.exit_class is ExitClass.FAULT and ended.rank is None:
-        amend_exit(path, str(killed), killed.rank)
+def conclude(config: RunConfig, decision: Decision) -> None:
+    """One line on stderr that says why a launch ended, where a rank has not said it already."""
+    outcome = decision.cause.exit_class
+    if outcome in (ExitClass.DONE, ExitClass.REFUSED):  # nothing to say, and said by rank 0
+        return
+    text = " ".join(decision.text.split())
+    if outcome is ExitClass.FAULT:
+        number, rank = max(attempts(config.run_dir), default=0), decision.cause.rank
+        folder = logs.folder(config.run_dir, number)
+        text += f" ({folder if rank is None else logs.log_path(config.run_dir, number, rank)})"
+    print(f"{outcome.value}: {text}", file=sys.stderr, flush=True)
 
 
-def _explain(ended: Exit | None, torchrun: Torchrun) -> tuple[ExitClass, str]:
-    failed = torchrun.failure
-    killed = failed is not None and failed.killed
-    if ended is not None and ended.exit_class not in (ExitClass.FAULT, ExitClass.DONE):
-        return ended.exit_class, ended.cause
-    if ended is None and failed is not None and failed.exit_code == ExitClass.REFUSED.code:
-        return ExitClass.REFUSED, ""
-    if ended is not None and ended.exit_class is ExitClass.FAULT and not killed:
-        return ExitClass.FAULT, ended.cause if ended.rank is None else f"rank {ended.rank}: {ended.cause}"
-    # Of a rank that was killed, the others know no more than that it is gone.
-    return ExitClass.FAULT, f"{failed or 'torchrun ended'}; the same command goes on from the newest checkpoint"
+def listeners(config: RunConfig) -> list[Callable[[dict[str, Any]], None]]:
+    if config.launch.webhook is None:
+        return []
+    from launch.watch.webhook import tell
+
+    def listener(event: dict[str, Any]) -> None:
+        if event["event"] in TOLD:
+            tell(config.launch.webhook, event)
+
+    return [listener]
 
 
-@contextmanager
-def _asked_to_end(torchrun: Torchrun) -> Iterator[None]:
-    asked = False
+class _beside:
+    """A thread that runs ``watch(agent)`` while the block does; what it raises is raised when the block ends."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            torchrun.kill()
-            return
-        asked = True
-        again = f"{signal.Signals(number).name} again ends it at once"
-        print(f"asked to end: the ranks finish their step and save; {again}", file=sys.stderr, flush=True)
-        torchrun.ask_to_end()
+    def __init__(self, watch: Callable[[Agent], None] | None, agent: Agent) -> None:
+        self._error: BaseException | None = None
+        self._agent = agent
+        self._thread = threading.Thread(target=partial(self._run, watch), daemon=True) if watch else None
 
-    with _handlers({signal.SIGINT: handle, signal.SIGTERM: handle}):
-        yield
+    def _run(self, watch: Callable[[Agent], None]) -> None:
+        try:
+            watch(self._agent)
+        except BaseException as error:
+            self._error = error
+            self._agent.kill()
 
+    def __enter__(self) -> None:
+        if self._thread:
+            self._thread.start()
 
-@contextmanager
-def _handlers(wanted: Mapping[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *raised: object) -> None:
+        if self._thread:
+            self._thread.join()
+        if self._error is not None and raised[0] is None:
+            raise self._error
 
 
 def _silent(text: str) -> None:

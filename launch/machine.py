@@ -9,12 +9,12 @@ from collections.abc import Callable
 from importlib import metadata
 
 from pretrain.config import RunConfig
-from pretrain.config_sections import ParallelSection
+from pretrain.config_sections import LaunchSection, ParallelSection
 
 #: Ranks on a machine without a GPU, unless told otherwise: the least that trains in parallel.
 CPU_RANKS = 2
-#: glibc gives memory of large tensors back to the kernel at once, to be zeroed for the next one (mallopt(3)). Kept up to
-#: these bytes, a step of tiny-dense takes 0.82 of the time, one of demo the same.
+#: glibc gives memory of large tensors back to the kernel at once, to be zeroed for the next one (mallopt(3)). Kept up
+#: to these bytes, a step of tiny-dense takes 0.82 of the time, one of demo the same.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
@@ -59,7 +59,19 @@ def cuda_devices() -> int:
 def environment_for(config: RunConfig, ranks: int) -> dict[str, str]:
     """Variables that ranks need before they start; what the caller has set stands."""
     wanted = rank_environment(max(1, cores() // ranks), cuda_devices() > 0, config.run.deterministic)
+    wanted |= node_environment(config.launch)
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def node_environment(launch: LaunchSection) -> dict[str, str]:
+    """Variables for the interface that ranks meet on, and for the caches that a node keeps to itself."""
+    wanted: dict[str, str] = {}
+    if launch.network_interface is not None:
+        wanted |= {f"{library}_SOCKET_IFNAME": launch.network_interface for library in ("NCCL", "GLOO")}
+    if launch.scratch is not None:
+        caches = {"CUDA_CACHE_PATH": "cuda", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        wanted |= {name: f"{launch.scratch.rstrip('/')}/stoker-{os.getuid()}/{cache}" for name, cache in caches.items()}
+    return wanted
 
 
 def rank_environment(threads: int, cuda: bool, deterministic: bool) -> dict[str, str]:

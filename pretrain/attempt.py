@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -63,23 +63,82 @@ class ExitClass(Enum):
         return {"done": 0, "fault": 1, "refused": 2, "stopped": 3, "preempted": 4}[self.value]
 
 
+#: What ended an attempt, more closely than its class. ``exception``: an error that Python raised; ``signal``: a rank
+#: was killed; ``hang``: no progress; ``stopped``: a stopped process; ``mismatch``: replicas that differ; ``store``: the
+#: ranks could not meet, or lost each other; ``unknown``: nobody could say.
+KINDS = (
+    "done", "refused", "verdict", "preempted", "signal", "oom", "exception", "hang", "stopped", "slow", "mismatch",
+    "node", "store", "unknown",
+)  # fmt: skip
+_KIND_OF_CLASS = {
+    ExitClass.DONE: "done",
+    ExitClass.REFUSED: "refused",
+    ExitClass.STOPPED: "verdict",
+    ExitClass.PREEMPTED: "preempted",
+    ExitClass.FAULT: "unknown",
+}
+EXIT_FORMAT, EXIT_VERSION = "exit", 2
+
+
+class Fault(RuntimeError):
+    """An error that knows more closely what is wrong: ``kind`` (of ``KINDS``), and the rank and step to blame where
+    that is not the one that raises it."""
+
+    def __init__(self, kind: str, cause: str, rank: int | None = None, step: int | None = None) -> None:
+        super().__init__(cause)
+        self.kind, self.rank, self.step = kind, rank, step
+
+
 @dataclass(frozen=True)
 class Exit:
-    """Why an attempt ended, and the rank that knows: None where no rank is to blame."""
+    """Why an attempt ended, and the rank that knows: None where no rank is to blame.
+
+    ``kind``: one of ``KINDS``, by default what the class says; ``step``: the one under way; ``host``: where the rank
+    ran; ``fingerprint``: equal for two failures that are the same, None where that cannot be said; ``stacks``: files,
+    relative to the run directory, with what the ranks were doing.
+    """
 
     exit_class: ExitClass
     cause: str
     rank: int | None
+    kind: str = ""
+    step: int | None = None
+    host: str | None = None
+    fingerprint: str | None = None
+    stacks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.kind or _KIND_OF_CLASS[self.exit_class])
+        object.__setattr__(self, "stacks", tuple(self.stacks))
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
 
 
-def record_exit(attempt_path: Path, exit_class: ExitClass, cause: str = "", rank: int | None = None) -> bool:
+def record_exit(
+    attempt_path: Path,
+    exit_class: ExitClass,
+    cause: str = "",
+    rank: int | None = None,
+    *,
+    kind: str = "",
+    step: int | None = None,
+    host: str | None = None,
+    fingerprint: str | None = None,
+) -> bool:
     """Write ``exit.json``; any rank may, the first one stands. True if this one was it.
 
-    The first rank that fails knows the cause; the others only see that it is gone.
+    The first rank that fails knows the cause; the others only see that it is gone. Where one of those was faster, a
+    rank that blames itself takes its place.
     """
     path = attempt_path / "exit.json"
+    ended = Exit(exit_class, cause, rank, kind, step, host, fingerprint)
+    if rank is not None and (first := read_exit(attempt_path)) is not None:
+        if first.exit_class is not ExitClass.FAULT or first.rank is not None:
+            return False
+        settle_exit(attempt_path, ended)
+        return True
     mine = attempt_path / f".exit.{uuid.uuid4().hex}.json"
-    write_json(mine, "exit", {"class": exit_class.value, "cause": mask(cause), "rank": rank})
+    write_atomic(mine, _exit_text(ended))
     try:
         os.link(mine, path)  # unlike a rename, fails if it is there
     except FileExistsError:
@@ -89,13 +148,25 @@ def record_exit(attempt_path: Path, exit_class: ExitClass, cause: str = "", rank
     return True
 
 
-def amend_exit(attempt_path: Path, cause: str, rank: int) -> None:
-    """Name the guilty rank in an ``exit.json`` that could not: one that was killed says nothing, and the others know
-    only that it is gone. For the launcher, once every rank has ended."""
-    path = attempt_path / "exit.json"
-    value = json.loads(path.read_bytes())
-    formats.require(value, "exit", 1, path)
-    write_atomic(path, json.dumps({**value, "cause": mask(cause), "rank": rank}, indent=2) + "\n")
+def settle_exit(attempt_path: Path, ended: Exit) -> None:
+    """Replace ``exit.json`` by what the launcher found: a rank that was killed says nothing, and the others know only
+    that it is gone. For the launcher, once every rank has ended."""
+    write_atomic(attempt_path / "exit.json", _exit_text(ended))
+
+
+def _exit_text(ended: Exit) -> str:
+    value = {
+        "format": formats.stamp(EXIT_FORMAT, EXIT_VERSION),
+        "class": ended.exit_class.value,
+        "cause": mask(ended.cause),
+        "rank": ended.rank,
+        "kind": ended.kind,
+        "step": ended.step,
+        "host": ended.host,
+        "fingerprint": mask(ended.fingerprint),
+        **({"stacks": list(ended.stacks)} if ended.stacks else {}),
+    }
+    return json.dumps(value, indent=2) + "\n"
 
 
 def read_exit(attempt_path: Path) -> Exit | None:
@@ -105,11 +176,12 @@ def read_exit(attempt_path: Path) -> Exit | None:
         return None
     try:
         value = json.loads(path.read_bytes())
-        formats.require(value, "exit", 1, path)
-        return Exit(ExitClass(value["class"]), value["cause"], value["rank"])
+        formats.require(value, EXIT_FORMAT, EXIT_VERSION, path)
+        known = {name: value[name] for name in ("kind", "step", "host", "fingerprint", "stacks") if name in value}
+        return Exit(ExitClass(value["class"]), value["cause"], value["rank"], **known)
     except Refusal:
         raise
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise Refusal(f"{path} is damaged ({error}): delete it") from None
 
 
@@ -146,6 +218,7 @@ def _recorded(name: str) -> bool:
     return any(name == entry or (entry.endswith("_") and name.startswith(entry)) for entry in RECORDED)
 
 
+@cache
 def _installed(name: str) -> str | None:
     try:
         return metadata.version(name)

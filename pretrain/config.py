@@ -33,6 +33,8 @@ from pretrain.config_sections import (
     CheckpointSection,
     DataSection,
     EvalSection,
+    GuardSection,
+    LaunchSection,
     LogSection,
     ParallelSection,
     RunSection,
@@ -44,7 +46,7 @@ from pretrain.spec import ModelSpec
 from pretrain.workload import refuse_ragged_experts, workload_of
 from stoker import canonical, formats
 from stoker.errors import Refusal
-from stoker.secrets import mask
+from stoker.secrets import MASK, mask
 from stoker.sections import Section, refusal, suggestion
 from stoker.yaml_core import dump_yaml, parse_yaml
 
@@ -74,6 +76,8 @@ class RunConfig(Section):
     parallel: Operational[Parallel] = ParallelSection()
     checkpoint: Operational[CheckpointSection] = CheckpointSection()
     eval: Operational[EvalSection] = EvalSection()
+    guard: GuardSection = GuardSection()
+    launch: Operational[LaunchSection] = LaunchSection()
     log: Operational[LogSection] = LogSection()
 
     @property
@@ -114,9 +118,12 @@ class RunConfig(Section):
         return dump_yaml({**self.resolved(), **({"provenance": provenance} if provenance else {})})
 
     def masked(self) -> RunConfig:
-        """The configuration as it may be written down or sent away: a password inside a path is not."""
+        """The configuration as it may be written down or sent away: a password inside a path is not, nor an address
+        whose path is its password."""
         values = mask(self.resolved())
         values["data"]["blend"] = {mask(path): weight for path, weight in values["data"]["blend"].items()}
+        if values["launch"]["webhook"] is not None:
+            values["launch"]["webhook"] = MASK
         return parse(values, self.run.name)
 
     def sha256(self) -> str:
@@ -146,6 +153,12 @@ def parse(values: Any, source: str = "configuration") -> RunConfig:
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration in a YAML file, or of a preset, with ``section.key=value`` overrides on top."""
+    values = read_values(source)
+    return parse(apply_overrides(values, overrides) if isinstance(values, Mapping) else values, str(source))
+
+
+def read_values(source: str | Path) -> Any:
+    """What a YAML file, or a preset, says, before anything is validated or filled in."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         if str(source) not in presets():
@@ -155,8 +168,7 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f"configuration {path} cannot be read: {error}") from None
-    values = parse_yaml(text, str(source))
-    return parse(apply_overrides(values, overrides) if isinstance(values, Mapping) else values, str(source))
+    return parse_yaml(text, str(source))
 
 
 def preset(name: str) -> RunConfig:

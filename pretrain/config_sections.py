@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pretrain.config_base import Identity, Operational, Trajectory
 from stoker.errors import Refusal
+from stoker.secrets import MASK
 from stoker.sections import Section
 
 Count = Annotated[int, Field(ge=1)]
@@ -177,3 +178,68 @@ class LogSection(Section):
     """Weights & Biases; auto: online if WANDB_API_KEY is set, offline otherwise."""
     wandb_project: Annotated[str, Field(min_length=1)] = "stoker"
     """Project that W&B files the run under."""
+
+
+class GuardSection(Section):
+    """What is done about numbers that are wrong. Every decision is taken on all ranks alike."""
+
+    spike: Trajectory[Literal["off", "skip", "rewind", "stop"]] = "off"
+    """A loss or gradient norm far above the steps before it: apply it all the same; skip the step; go back to the
+    newest checkpoint before it and pass over its batch; or stop."""
+    spike_score: Trajectory[Positive] = 8.0
+    """Robust z-score from which it is one: distance above what the window leads to expect, in deviations (1.4826 MAD
+    or more: pretrain/guards/spikes.py)."""
+    spike_window: Trajectory[Annotated[int, Field(ge=16)]] = 128
+    """Applied steps that it is compared with; none is found in the first quarter of a window."""
+    max_rewinds: Operational[Count] = 3
+    """Rewinds without a new checkpoint in between; one more stops the run."""
+    recompute: Operational[bool] = True
+    """Before a spike is believed, its step is computed again: another result means hardware, and the second counts."""
+    hash_every: Operational[Count | None] = 100
+    """Steps between comparisons of what several ranks hold alike, which precede every checkpoint too; null: none."""
+    slow_ratio: Operational[Annotated[float, Field(gt=1)]] = 1.3
+    """A rank that takes so many times the work time of its peers, over twenty steps, is named."""
+
+
+class LaunchSection(Section):
+    """How a run is started, watched and started again (``stoker train`` and ``stoker launch``)."""
+
+    max_restarts: Annotated[int, Field(ge=0)] = 100
+    """Restarts after faults; two like failures at one step stop a run before."""
+    warm_spares: bool = True
+    """A process for each rank that has imported everything and waits, so that a restart does not pay for it."""
+    spare_nodes: Annotated[int, Field(ge=0)] = 0
+    """Nodes asked for beyond those that train, to replace one that is lost."""
+    grace_s: Positive = 60.0
+    """Seconds from being asked to end until the ranks are killed: an urgent checkpoint must fit."""
+    hang_s: Positive | None = None
+    """Seconds without progress that are a hang; null: from the run's own steps (three times their 99th percentile)."""
+    scratch: Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]*$")] | None = None
+    """Folder on each node for caches and node-local files; null: the system's."""
+    network_interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]+$")] | None = None
+    """Interface that ranks meet on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); null: the library chooses."""
+    container: str | None = None
+    """Image that a node runs: of pyxis/enroot on Slurm, of the pod on Kubernetes."""
+    mounts: tuple[str, ...] = ()
+    """Folders that a container sees: HOST:CONTAINER or HOST:CONTAINER:ro; the run directory and the data must be."""
+    partition: str | None = None
+    """Slurm partition, or Kueue queue."""
+    account: str | None = None
+    """Slurm account."""
+    time_limit_min: Count | None = None
+    """Minutes that the scheduler gives the job; null: the partition's default."""
+    signal_s: Count = 300
+    """Seconds before the time limit at which the scheduler asks the run to save and be queued again."""
+    namespace: str = "default"
+    """Kubernetes namespace."""
+    volume_claim: str | None = None
+    """Kubernetes PersistentVolumeClaim that holds the run directory and the data, mounted at run.dir."""
+    webhook: str | None = None
+    """URL that is told of faults, restarts and the end; the value is masked in everything that is written."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and value != MASK and not value.lower().startswith(("https://", "http://")):
+            raise Refusal("it is no http or https address (and is not shown here: it may be a secret)")
+        return value

@@ -95,7 +95,8 @@ def read(run: Path) -> list[StepEvent]:
     """The steps of a run (its directory, or a metrics file) in order, each once, as the attempt that stands has them.
 
     An attempt replaces everything from its first step on: of what an earlier attempt did after the checkpoint that was
-    resumed from, nothing remains. A torn last line is left out. Refuses damaged lines, naming them.
+    resumed from, nothing remains. One that goes back (a rewind) does the same with its own. A torn last line is left
+    out. Refuses damaged lines, naming them.
     """
     path = run if run.suffix == ".jsonl" else run / METRICS
     try:
@@ -112,17 +113,14 @@ def read(run: Path) -> list[StepEvent]:
 
 
 def standing(events: list[StepEvent]) -> list[StepEvent]:
-    """Of the events of several attempts, those that stand, in order of step: see ``read``."""
-    first: dict[int, int] = {}
-    for event in events:
-        first[event.attempt] = min(event.step, first.get(event.attempt, event.step))
-    stop: dict[int, float] = {}
-    horizon = math.inf
-    for attempt in sorted(first, reverse=True):
-        stop[attempt] = horizon
-        horizon = min(horizon, first[attempt])
-    by_step = {event.step: event for event in events if event.step < stop[event.attempt]}
-    return [by_step[step] for step in sorted(by_step)]
+    """Of the events of several attempts, each in the order in which it wrote them, those that stand, in order of step:
+    see ``read``."""
+    standing: list[StepEvent] = []
+    for event in sorted(events, key=lambda event: event.attempt):
+        while standing and standing[-1].step >= event.step:
+            standing.pop()
+        standing.append(event)
+    return standing
 
 
 def _to_json(value: Any) -> Any:

@@ -18,6 +18,7 @@ from dataio.stream import BlendedStream
 from dataio.types import Batch, BatchPlan, Part
 from pretrain.config import RunConfig
 from pretrain.data import DATA_LOG, first_log, segment_of
+from pretrain.guards import rewind
 from stoker.errors import Refusal
 
 
@@ -66,6 +67,19 @@ class Feed:
         self._follow(step)
         plan = self.stream.plan(step)
         return plan, self.stream.read(plan, part)
+
+    def pass_over(self, step: int) -> None:
+        """From now on ``step`` reads the batch after the one that it read: a line of the log says so."""
+        self._told(lambda: rewind.pass_over(self._path, step))
+        self._receive()
+
+    def rewinds(self, known: int) -> int:
+        """How often batches were passed over since the log had ``known`` segments."""
+        return rewind.rewinds(self.stream.log, known)
+
+    def changes(self, step: int) -> bool:
+        """Other data begin at ``step`` than were read before."""
+        return rewind.changes(self.stream.log, step)
 
     def _follow(self, step: int) -> None:
         """Take over what was appended to the log since the last step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +33,14 @@ class Foreign:
 def foreign_rooms(home: Path | None = None) -> list[Foreign]:
     """Every room whose name another package claims. `home` is the folder our rooms lie in (default: this one's)."""
     home = (home or Path(__file__).resolve().parent.parent).resolve()
-    owners = metadata.packages_distributions()
+    owners = _owners()
     return [found for name in ROOMS if (found := _foreign(name, home, owners.get(name, []))) is not None]
+
+
+@cache
+def _owners() -> Mapping[str, list[str]]:
+    """Distributions by top-level name. Reading all their records takes half a second, so once a process."""
+    return metadata.packages_distributions()
 
 
 def _foreign(name: str, home: Path, owners: list[str]) -> Foreign | None:

@@ -7,19 +7,22 @@ process group is formed; then rank 0 touches the run directory. What a step does
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from parallel.planning.plan import ParallelPlan
-from pretrain.attempt import ExitClass, record_exit
+from pretrain.attempt import ExitClass, Fault, record_exit
 from pretrain.config import RunConfig, load
 from pretrain.data import validate_data
-from pretrain.forecast import Forecast, forecast
+from pretrain.forecast import Forecast, recorded
 from pretrain.guard import require_own_rooms
+from pretrain.heartbeat import Heartbeat
 from pretrain.rundir import Attempt, Start, attempt_path, begin, data_changed, inspect, last_plan
 from stoker.errors import Refusal
 
@@ -29,6 +32,8 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=600)
 
 #: What gloo and NCCL say when the other end of a connection is no longer there.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+#: What torch and the allocators below it say when there is no memory, where they raise a plain RuntimeError.
+NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: torchrun --nproc-per-node N -m pretrain CONFIG.yaml|PRESET [section.key=value ...]")
         return 0 if arguments else ExitClass.REFUSED.code
-    world = World.from_environment()
+    world, heartbeat = World.from_environment(), Heartbeat.from_environment()
+    heartbeat.at("start")
     try:
         require_own_rooms()
         config = load(arguments[0], arguments[1:])
@@ -70,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         if world.local_rank == 0:
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
         return ExitClass.REFUSED.code
-    return _attempt(config, world, start)
+    return _attempt(config, world, start, heartbeat)
 
 
 def validate(config: RunConfig, world: World, announce: Callable[[str], None] = _announce) -> Start | None:
@@ -110,7 +116,7 @@ def _validate_device(config: RunConfig, world: World) -> None:
     check_kernels(config.model_spec(), getattr(torch, config.run.dtype), device, config.run.kernels)
 
 
-def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
+def _attempt(config: RunConfig, world: World, start: Start | None, heartbeat: Heartbeat) -> int:
     """One launch: form the world, train, and leave ``exit.json`` whatever happens."""
     import torch.distributed as dist
 
@@ -120,6 +126,7 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
         _join(world, config)
         attempt, begun = _begin(config, world, start)
         number = begun.attempt
+        heartbeat.at("load")
         from pretrain.loop import train
         from pretrain.session import Session
 
@@ -138,19 +145,21 @@ def _attempt(config: RunConfig, world: World, start: Start | None) -> int:
         # Every rank refuses together: what differs between ranks is agreed on before.
         if world.local_rank == 0:
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
-        _leave(config, number, ExitClass.REFUSED, str(refusal), None)
+        _leave(config, number, ExitClass.REFUSED, str(refusal))
         return ExitClass.REFUSED.code
     except BaseException as error:
+        step = heartbeat.step
         if lost := _lost_peer(error):
             # Not the guilty one: that one says why itself, or was killed and the launcher says it.
             cause = f"another rank is gone ({lost})"
             print(f"rank {world.rank}: {cause}", file=sys.stderr, flush=True)
+            _leave(config, number, ExitClass.FAULT, cause, step=step)
         else:
-            cause = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        _leave(config, number, ExitClass.FAULT, cause, None if lost else world.rank)
+            _blame(config, number, world.rank, error, step)
         return ExitClass.FAULT.code
     finally:
+        heartbeat.at("end")
         if attempt is not None:
             attempt.close()
         if dist.is_initialized():
@@ -204,7 +213,7 @@ def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attemp
         assert start is not None
         try:
             plan = decide(config, world.size)
-            expected, predictions = _expect(config, plan)
+            expected, predictions = recorded(config, plan)
             attempt = begin(start, config, plan, predictions)
             told = [Begun(start.attempt, start.resume_step, data_changed(start.changes), plan, expected)]
         except Refusal as refusal:
@@ -215,15 +224,39 @@ def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attemp
     return attempt, told[0]
 
 
-def _expect(config: RunConfig, plan: ParallelPlan) -> tuple[Forecast | None, dict[str, Any]]:
-    """What is predicted of a step, and the same as ``plan.json`` has it; a run goes on where nothing is."""
-    try:
-        expected = forecast(config, plan)
-    except Refusal as unknown:
-        return None, {"unknown": str(unknown)}
-    return expected, expected.to_dict()
+def _blame(config: RunConfig, number: int | None, rank: int, error: BaseException, step: int | None) -> None:
+    """Say in ``exit.json`` that ``rank`` raised ``error``, and what would be the same failure again."""
+    kind, cause = _kind(error), f"{type(error).__name__}: {error}"
+    if isinstance(error, Fault):
+        cause = str(error)
+        rank = rank if error.rank is None else error.rank
+        step = step if error.step is None else error.step
+    fingerprint = f"{kind}, rank {rank}, {type(error).__name__} at {_place(error)}, step {step}"
+    known = {"kind": kind, "step": step, "host": platform.node(), "fingerprint": fingerprint}
+    _leave(config, number, ExitClass.FAULT, cause, rank, **known)
 
 
-def _leave(config: RunConfig, number: int | None, exit_class: ExitClass, cause: str, rank: int | None) -> None:
+def _kind(error: BaseException) -> str:
+    """What sort of fault an error is, of ``attempt.KINDS``."""
+    import torch
+    import torch.distributed as dist
+
+    if isinstance(error, Fault):
+        return error.kind
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+        return "oom"
+    return "store" if isinstance(error, dist.DistStoreError | dist.DistNetworkError) else "exception"
+
+
+def _place(error: BaseException) -> str:
+    """File and line that raised it, of Stoker's own where the error passed through one."""
+    home = Path(__file__).resolve().parent.parent
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [(path, line) for path, line in frames if path.is_relative_to(home) and "site-packages" not in path.parts]
+    path, line = (own or frames or [(Path("unknown"), 0)])[-1]
+    return f"{path.relative_to(home) if own else path}:{line}"
+
+
+def _leave(config: RunConfig, number: int | None, exit_class: ExitClass, cause: str, *more: Any, **known: Any) -> None:
     if number is not None:
-        record_exit(attempt_path(config.run_dir, number), exit_class, cause, rank)
+        record_exit(attempt_path(config.run_dir, number), exit_class, cause, *more, **known)

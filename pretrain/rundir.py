@@ -36,6 +36,8 @@ CHECKPOINTS, ATTEMPTS = "checkpoints", "attempts"
 DATA_KEYS = ("data.blend", "data.seq_len", "train.global_batch")
 #: Set by torchrun and Slurm to the number of times that they started this launch again by themselves.
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+#: Set by the supervisor to the number that the next attempt is to have: its own records of the attempt carry it.
+ATTEMPT_VARIABLE = "STOKER_ATTEMPT"
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def inspect(config: RunConfig, committed: Sequence[int] | None = None) -> Start:
     root = config.run_dir
     _refuse_unwritable(root)
     if not _entries(root):
-        return Start(root, 1, _resume_step(config, committed or ()))
+        return Start(root, _next_attempt(root), _resume_step(config, committed or ()))
     try:
         stamp = json.loads((root / STAMP).read_bytes())
     except (OSError, ValueError):
@@ -74,7 +76,7 @@ def inspect(config: RunConfig, committed: Sequence[int] | None = None) -> Start:
     if (root / CONFIG).exists():
         changes = allowed_changes(_read_config(root / CONFIG), config.masked())
     steps = committed_steps(root) if committed is None else committed
-    return Start(root, max(attempts(root), default=0) + 1, _resume_step(config, steps), tuple(changes))
+    return Start(root, _next_attempt(root), _resume_step(config, steps), tuple(changes))
 
 
 class Attempt:
@@ -101,13 +103,7 @@ def begin(start: Start, config: RunConfig, plan: ParallelPlan, predictions: Mapp
     ``predictions``: memory and step time of this plan, to compare with what is measured; what is not known is left out.
     """
     root = start.root
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not (root / STAMP).exists():  # the first file: without it the directory is not a run's
-            write_atomic(root / STAMP, canonical.dumps({"format": formats.stamp(FORMAT, VERSION)}) + "\n")
-        (root / ATTEMPTS).mkdir(exist_ok=True)
-    except OSError as error:
-        raise Refusal(f"run directory {root} cannot be made: {error}. Choose another run.dir or run.name") from None
+    prepare(root)
     lock = _lock(root)
     attempt = Attempt(root, start.attempt, lock)
     try:
@@ -126,6 +122,18 @@ def begin(start: Start, config: RunConfig, plan: ParallelPlan, predictions: Mapp
     return attempt
 
 
+def prepare(root: Path) -> None:
+    """Make the directory of a run and say in it that it is one; nothing is changed where it is there. Refusal if it
+    cannot be made."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not (root / STAMP).exists():  # the first file: without it the directory is not a run's
+            write_atomic(root / STAMP, canonical.dumps({"format": formats.stamp(FORMAT, VERSION)}) + "\n")
+        (root / ATTEMPTS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"run directory {root} cannot be made: {error}. Choose another run.dir or run.name") from None
+
+
 def attempts(root: Path) -> list[int]:
     """Numbers of the attempts so far, ascending."""
     return sorted(int(path.name) for path in (root / ATTEMPTS).glob("*") if path.name.isdigit())
@@ -135,17 +143,28 @@ def attempt_path(root: Path, number: int) -> Path:
     return root / ATTEMPTS / f"{number:04d}"
 
 
+def _next_attempt(root: Path) -> int:
+    newest = max(attempts(root), default=0)
+    given = os.environ.get(ATTEMPT_VARIABLE)
+    if given is None:
+        return newest + 1
+    if int(given) <= newest:
+        raise Refusal(f"{attempt_path(root, newest)} was begun by another launch, and this one was to be {given}")
+    return int(given)
+
+
 def last_plan(config: RunConfig, world_size: int) -> ParallelPlan | None:
-    """The layout of the newest attempt of a run that has checkpoints, where ``parallel: auto`` chose it for as many
-    ranks and for the same batches."""
+    """The layout of the newest attempt that began, of a run that has checkpoints, where ``parallel: auto`` chose it for
+    as many ranks and for the same batches."""
     root = config.run_dir
     if not committed_steps(root):
         return None
     try:
-        path = attempt_path(root, max(attempts(root)))
+        begun = (path for number in reversed(attempts(root)) if ((path := attempt_path(root, number)) / PLAN).exists())
+        path = next(begun)
         plan = ParallelPlan.from_dict(json.loads((path / PLAN).read_bytes())["plan"])
         before = _read_config(path / CONFIG)
-    except (OSError, ValueError, KeyError, TypeError):  # Refusal is a ValueError; what is damaged is decided anew
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):  # what is damaged is decided anew
         return None
     kept = plan.world_size == world_size and before.parallel == "auto"
     return plan if kept and _batches(before) == _batches(config) else None
@@ -168,6 +187,9 @@ def data_changed(changes: Sequence[Change]) -> bool:
 def _resume_step(config: RunConfig, committed: Sequence[int]) -> int | None:
     resume, root = config.run.resume, config.run_dir
     newest = max(committed, default=None)
+    if resume != "auto" and any(int(os.environ.get(name) or 0) for name in RESTART_COUNTS):
+        # The launch has begun anew, or gone back to its step, already; a restart of it goes on from there.
+        resume = "auto"
     if resume == "never":
         if newest is not None:
             raise Refusal(
@@ -180,9 +202,6 @@ def _resume_step(config: RunConfig, committed: Sequence[int]) -> int | None:
             f"{root / CHECKPOINTS} holds checkpoints and none of them is whole ({', '.join(damaged)}): training would "
             "begin from nothing. Restore one, or choose another run.name"
         )
-    if isinstance(resume, int) and any(int(os.environ.get(name) or 0) for name in RESTART_COUNTS):
-        # The launch has gone back to its step already; a restart of it goes on from there, not back again.
-        resume = "auto"
     if isinstance(resume, int) and resume not in committed:
         held = ", ".join(map(str, sorted(committed))) or "none"
         raise Refusal(f"run.resume={resume}: {root} holds no committed checkpoint of that step (it holds {held})")

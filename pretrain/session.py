@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,11 @@ from pretrain.evaluate import Evaluator
 from pretrain.events import StepEvent, Timing
 from pretrain.feed import Feed
 from pretrain.forecast import Forecast
+from pretrain.guards import findings
+from pretrain.guards.findings import Finding
+from pretrain.guards.stragglers import Stragglers
 from pretrain.health import StepReport, Verdict
+from pretrain.heartbeat import Heartbeat
 from pretrain.kernel_check import used_kernels
 from pretrain.rundir import CHECKPOINTS, attempt_path
 from pretrain.sinks import Sinks, open_sinks
@@ -65,14 +70,23 @@ class Session:
         self.stores = open_stores(config)
         self.tokenizer = read_tokenizer(config, self.stores)
         seed = config.run.seed if resume_step is None else None
-        self.trainer = Trainer(self.spec, self.groups, config.train, config.run.dtype, seed)
+        deterministic = config.run.deterministic
+        self.trainer = Trainer(
+            self.spec, self.groups, config.train, config.run.dtype, seed, config.guard, deterministic
+        )
+        self.heartbeat = Heartbeat.from_environment()
+        self._stragglers = Stragglers(self.groups, config.guard.slow_ratio)
         self.checkpoints = CheckpointStore(self.root / CHECKPOINTS, self.groups.control)
         if rank == 0:
             self.checkpoints.fence(attempt)
-        self.first_step = 0 if resume_step is None else self._load(resume_step)
+        self._resumed: dict[str, Any] = {}
+        if resume_step is not None:
+            self._load(None if config.run.resume == "auto" else resume_step)
+        self.first_step = int(self._resumed.get("step", 0))
         self.feed = Feed(config, self.stores, self.groups.control, self.first_step, data_changed)
         if resume_step is not None:
             self.feed.require_state(self._resumed["data"], self.first_step)
+            self._count_rewinds()
         self.evaluator = Evaluator(
             self.trainer, open_heldout(config), config.data.seq_len, config.eval.windows, self.tokenizer
         )
@@ -107,12 +121,16 @@ class Session:
                 f"the checkpoint was written with the kernels {before} and these are {self._kernels}: they round "
                 "otherwise, and the curve is not the same to the last bit"
             )
+        if not self._resumed and self.config.guard.spike == "rewind":
+            self.save(0)  # what a spike before the first checkpoint goes back to
         self._clock = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         gc.enable()
         gc.unfreeze()
+        if error is None:
+            self._stragglers.finish()
         if self._sinks is not None:
             self._sinks.close()
         if error is None:
@@ -126,12 +144,18 @@ class Session:
         self.preemption_asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def conclude(self, exit_class: ExitClass, cause: str = "") -> Exit:
-        """How the run ended, written down before anything slow is closed."""
+    def conclude(self, exit_class: ExitClass, cause: str = "", finding: Finding | None = None) -> Exit:
+        """How the run ended, and the finding that ended it, written down before anything slow is closed."""
+        ended = Exit(exit_class, cause, None)
+        if finding is not None:
+            kind = finding.kind if exit_class is ExitClass.FAULT else ""
+            cause = cause if finding.text in cause else f"{cause} ({finding.text})"
+            ended = Exit(exit_class, cause, finding.rank, kind, finding.step)
         if self.rank == 0:
-            record_exit(attempt_path(self.root, self.attempt), exit_class, cause)
+            path = attempt_path(self.root, self.attempt)
+            record_exit(path, exit_class, ended.cause, ended.rank, kind=ended.kind, step=ended.step)
         self._compare()
-        return Exit(exit_class, cause, None)
+        return ended
 
     def _compare(self) -> None:
         """Predicted beside measured."""
@@ -149,6 +173,12 @@ class Session:
             f"{self.config.run.name}, attempt {self.attempt}: {start}; {self.spec.num_parameters:,} parameters, "
             f"{self.config.run.dtype}, {plan.world_size} ranks (tp {plan.tp}, pp {plan.pp}, dp {plan.dp}, ep {plan.ep})"
         )
+
+    def tell(self, finding: Finding) -> None:
+        """What a guard found: a line said, and one in guards.jsonl."""
+        if self.rank == 0:
+            findings.write(self.root, self.attempt, finding)
+        self._say(f"step {finding.step}: {finding.text}")
 
     def _say(self, text: str) -> None:
         if self._sinks is not None:
@@ -170,16 +200,26 @@ class Session:
 
     def read(self, step: int) -> tuple[BatchPlan, Batch]:
         """The step's addresses, and this rank's part of its tokens."""
-        return self.feed.read(step, self.trainer.part)
+        self.heartbeat.at("read", step)
+        plan, batch = self.feed.read(step, self.trainer.part)
+        if self.feed.changes(step):
+            self.trainer.health.spikes.forget()
+        self.heartbeat.at("compute", step)
+        return plan, batch
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss by domain: nats per token, bits per byte."""
+        self.heartbeat.at("evaluate", self.heartbeat.step)
         return self.evaluator.run()
 
     def record(
         self, plan: BatchPlan, report: StepReport, verdict: Verdict, lr: float, measured: dict[str, float]
     ) -> None:
-        """The step's event, to every sink of rank 0, and the collection of garbage if it is due."""
+        """The step's event and findings, to every sink of rank 0, and the collection of garbage if it is due."""
+        self.heartbeat.at("record", report.step)
+        slow = self._stragglers.add(report.step, self.trainer.clock.take())
+        for finding in (*report.findings, *slow):
+            self.tell(finding)
         if self.due(report.step + 1, self.config.run.gc_every):
             gc.collect()
         now = time.perf_counter()
@@ -215,9 +255,11 @@ class Session:
         """A checkpoint of the state after ``done`` consumed batches.
 
         A disk that fails is said and training goes on, with the checkpoints that were there; ``must``: the run ends
-        here, and what cannot be saved would be lost, so that is an error.
+        here, and what cannot be saved would be lost, so that is an error. Raises Mismatch where replicas differ.
         """
+        self.heartbeat.at("save", done)
         before = time.perf_counter()
+        self.trainer.twins.before_save(done)
         tensors = {name: (layout, tensor) for name, layout, tensor in self.trainer.tensors()}
         meta = {
             "step": done,
@@ -235,6 +277,7 @@ class Session:
         if must:
             handle.wait()
         if handle.error is None:
+            self.trainer.health.rewinds = 0
             self._prune()
         took = time.perf_counter() - before
         self._clock += took
@@ -248,15 +291,30 @@ class Session:
         except (OSError, Refusal) as error:
             self._say(f"older checkpoints were not deleted: {error}")
 
-    def _load(self, step: int) -> int:
-        """Load a checkpoint; with ``run.resume=auto`` a damaged one gives way to the newest that is good."""
+    def rewind(self, step: int) -> int:
+        """Back to the newest checkpoint that is good, which is no later than ``step``; when the run comes to ``step``
+        again it reads the batch after. Returns the step to go on with."""
+        self.heartbeat.at("load", step)
+        self.feed.pass_over(step)
+        self._load(None)
+        self._count_rewinds()
+        back = int(self._resumed["step"])
+        text = f"back to step {back}, and past the batch of step {step}"
+        self.tell(Finding(step, "rewind", text, None, {"checkpoint": back, "rewinds": self.trainer.health.rewinds}))
+        self._clock = time.perf_counter()
+        return back
+
+    def _count_rewinds(self) -> None:
+        """Those since the checkpoint that was loaded, as the data log has them: the same after a kill as without."""
+        self.trainer.health.rewinds = self.feed.rewinds(int(self._resumed["data"]["segments"]))
+
+    def _load(self, step: int | None) -> None:
+        """Load the checkpoint of ``step``, or the newest that is good: a damaged one gives way."""
         trainer = self.trainer
         layouts = {name: layout for name, layout, _ in trainer.tensors()}
         into = {name: tensor for name, _, tensor in trainer.tensors()}
-        exact = None if self.config.run.resume == "auto" else step
-        _, self._resumed = self.checkpoints.load(exact, layouts, self.groups.coords, into)
-        if exact is not None:
-            self.checkpoints.abandon_after(exact)
+        _, self._resumed = self.checkpoints.load(step, layouts, self.groups.coords, into)
+        if step is not None:
+            self.checkpoints.abandon_after(step)
         trainer.optimizer.set_updates(int(self._resumed["updates"]))
         trainer.health.load_state_dict(self._resumed["health"])
-        return int(self._resumed["step"])

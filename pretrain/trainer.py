@@ -20,7 +20,10 @@ from parallel.engine.groups import Groups
 from parallel.engine.pipeline import Pipeline, megatron_config
 from parallel.engine.replicas import Replicas
 from parallel.planning.layout import Layout
-from pretrain.config_sections import TrainSection
+from pretrain.config_sections import GuardSection, TrainSection
+from pretrain.guards.recompute import Recompute
+from pretrain.guards.replicas import ReplicaCheck
+from pretrain.guards.stragglers import WorkClock
 from pretrain.health import Health, StepReport
 from pretrain.initialise import initialise
 from pretrain.model.batch import MicroBatch
@@ -39,10 +42,21 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 class Trainer:
     """A model under a plan, with its optimizer. Created by every rank of the world together.
 
-    ``seed`` None leaves the tensors as they come: every one of them is about to be loaded.
+    ``seed`` None leaves the tensors as they come: every one of them is about to be loaded. ``deterministic``: on CUDA,
+    arithmetic repeats to the last bit, as it does on a CPU.
     """
 
-    def __init__(self, spec: ModelSpec, groups: Groups, train: TrainSection, dtype: str, seed: int | None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        groups: Groups,
+        train: TrainSection,
+        dtype: str,
+        seed: int | None,
+        guard: GuardSection | None = None,
+        deterministic: bool = True,
+    ) -> None:
+        guard, exact = guard or GuardSection(), deterministic or not torch.cuda.is_available()
         self.spec, self.groups, self.train = spec, groups, train
         self.dtype, self.device = DTYPES[dtype], seam.device()
         self.layouts = layouts_of(spec, groups.plan)
@@ -57,7 +71,10 @@ class Trainer:
         self.replicas = Replicas(chunks, parameters, self.layouts, groups, config, high(self.dtype))
         self.pipeline = Pipeline(self.replicas.chunks, groups, config)
         self.optimizer = AdamW(self.replicas.shards, spec.parameters(), train.optimizer)
-        self.health = Health(train.skip_limit)
+        self.health = Health(train.skip_limit, guard)
+        self.clock = WorkClock(self.device)
+        self.recompute = Recompute(self, guard.recompute, exact)
+        self.twins = ReplicaCheck(self, guard.hash_every, exact)
         self.routers: dict[int, Router] = {i: r for chunk in chunks for i, r in chunk.routers().items()}
 
     @property
@@ -88,6 +105,13 @@ class Trainer:
             micro_batch(batch, slice(i * size, (i + 1) * size), cu_seqlens, normalisers, self.device)
             for i, cu_seqlens in enumerate(batch.cu_seqlens)
         ]
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Gradients of this rank's micro-batches, added to the buffers; their losses where a pipeline ends."""
+        with self.clock.working():
+            losses = self.pipeline.run(micro_batches, rows=micro_batches[0].tokens.shape[0])
+        self.recompute.observe(losses)
+        return losses
 
     def measure(
         self, step: int, losses: Sequence[torch.Tensor], normalisers: Normalisers, preempted: bool = False

@@ -26,6 +26,8 @@ _SHAPE = re.compile(
     | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b
     | \beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+
     | (?<=://)[^\s/@]*:[^\s/]*(?=@)
+    | (?<=hooks\.slack\.com/services/)[\w/-]+
+    | (?<=discord\.com/api/webhooks/)[\w/-]+
     """,
     re.VERBOSE | re.DOTALL,
 )

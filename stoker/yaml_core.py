@@ -65,6 +65,13 @@ def parse_yaml(text: str, source: str) -> Any:
         raise Refusal(f"{source}: {' '.join(str(error).split())}") from None
 
 
-def dump_yaml(value: Mapping[str, Any]) -> str:
-    """YAML text, keys in their order; ``parse_yaml`` gives the same value back."""
-    return yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, width=120)
+class _BlockDumper(_Dumper):
+    """As ``_Dumper``, lists with a line for each item."""
+
+
+_BlockDumper.add_representer(list, yaml.SafeDumper.represent_list)
+
+
+def dump_yaml(value: Mapping[str, Any], flow: bool = True) -> str:
+    """YAML text, keys in their order, lists on one line if ``flow``; ``parse_yaml`` gives the same value back."""
+    return yaml.dump(dict(value), Dumper=_Dumper if flow else _BlockDumper, sort_keys=False, width=120)

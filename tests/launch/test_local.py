@@ -1,85 +1,58 @@
-"""How ``stoker train`` ends: torchrun makes every failure 1, and the code and the line come from what is known."""
+"""What ``stoker train`` says: the command by hand before, one line with the reason after; and what it starts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from launch.local import TORCHRUN_LOG, conclude
-from launch.torchrun import Failure
-from pretrain.attempt import Exit, ExitClass, read_exit, record_exit
+from launch.local import by_hand, conclude, train
+from launch.supervise import causes
+from launch.supervise.causes import Cause, fault
+from launch.supervise.policy import Decision
+from pretrain.attempt import ExitClass
+from pretrain.config import load
 from pretrain.rundir import attempt_path
-
-
-@dataclass
-class Ended:
-    """What ``conclude`` asks of a torchrun that has ended."""
-
-    failure: Failure | None
-    report: str = "torchrun's forty lines\n"
-
+from stoker.errors import Refusal
+from tests.launch.tiny import tiny
 
 CASES = {
-    "done": (0, None, (ExitClass.DONE, "", None), 0, ""),
-    "refused by all": (1, Failure(0, 2), (ExitClass.REFUSED, "no space", None), 2, ""),
-    "refused before there was an attempt": (1, Failure(0, 2), None, 2, ""),
-    "stopped": (1, Failure(0, 3), (ExitClass.STOPPED, "step 7: 11 steps", None), 3, "stopped: step 7: 11 steps\n"),
-    "preempted": (1, Failure(1, 4), (ExitClass.PREEMPTED, "step 9 is saved", None), 4, "preempted: step 9 is saved\n"),
-    "preempted, the other rank was hurried": (1, Failure(1, -15), (ExitClass.PREEMPTED, "saved", None), 4, "saved"),
-    "fault of a rank": (1, Failure(1, 1), (ExitClass.FAULT, "KeyError: 'x'\nat y", 1), 1, "rank 1: KeyError: 'x' at y"),
-    "killed, and the other rank says so": (
-        1,
-        Failure(1, -9),
-        (ExitClass.FAULT, "Connection reset by peer", None),
-        1,
-        "fault: rank 1 was killed by SIGKILL; the same command goes on",
-    ),
-    "all killed": (1, Failure(0, -9), None, 1, "fault: rank 0 was killed by SIGKILL"),
-    "torchrun itself": (1, None, None, 1, "fault: torchrun ended"),
-    "a fault after the end": (1, Failure(0, -11), (ExitClass.DONE, "", None), 1, "rank 0 was killed by SIGSEGV"),
+    "done": (causes.DONE, "", 0),
+    "refused, which a rank has said": (Cause(ExitClass.REFUSED, "refused", "no space"), "", 2),
+    "stopped": (Cause(ExitClass.STOPPED, "verdict", "step 7:\n11 steps"), "stopped: step 7: 11 steps\n", 3),
+    "preempted": (causes.PREEMPTED, "preempted: asked to end\n", 4),
+    "a rank's fault": (fault("signal", "rank 1 was killed", rank=1), "logs/0002/rank_00001.log)\n", 1),
+    "nobody's fault": (fault("unknown", "the agent ended"), "fault: the agent ended (", 1),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_exit_code_is_that_of_the_attempt_and_one_line_says_why(
+def test_the_exit_code_is_that_of_the_cause_and_at_most_one_line_says_why(
     case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code, failure, ended, expected, says = CASES[case]
-    attempt_path(tmp_path, 1).mkdir(parents=True)  # of an earlier launch: it ended well
-    record_exit(attempt_path(tmp_path, 1), ExitClass.DONE)
-    path = attempt_path(tmp_path, 2)
-    if ended is not None:
-        path.mkdir()
-        record_exit(path, *ended)
-    torchrun: Any = Ended(failure)
-    assert conclude(tmp_path, 2, code, torchrun) == expected
+    cause, says, code = CASES[case]
+    config = load(tiny(tmp_path))
+    attempt_path(config.run_dir, 2).mkdir(parents=True)
+    decision = Decision(False, cause, str(cause))
+    conclude(config, decision)
     err = capfd.readouterr().err
     assert says in err and err.count("\n") == bool(says), err
-    assert not path.exists() or (path / TORCHRUN_LOG).read_text() == torchrun.report
+    assert decision.code == code
 
 
-SAID = {
-    "by nobody": (None, Exit(ExitClass.FAULT, "rank 1 was killed by SIGKILL", 1)),
-    "by one that lost it": (
-        Exit(ExitClass.FAULT, "another rank is gone (reset)", None),
-        Exit(ExitClass.FAULT, "rank 1 was killed by SIGKILL", 1),
-    ),
-    "by the guilty one": (Exit(ExitClass.FAULT, "KeyError", 0), Exit(ExitClass.FAULT, "KeyError", 0)),
-    "as no fault": (Exit(ExitClass.PREEMPTED, "saved", None), Exit(ExitClass.PREEMPTED, "saved", None)),
-}
+def test_the_command_by_hand_can_be_pasted_and_holds_no_secret() -> None:
+    arguments = ["demo", "run.allow_change=[train.lr]", "launch.webhook=https://hooks.example/canary"]
+    shown = by_hand([*arguments, "data.tokenizer=https://me:canary@host/t"], 2, {"OMP_NUM_THREADS": "1"})
+    assert shown.startswith(
+        "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m pretrain demo 'run.allow_change=[train.lr]'"
+    )
+    assert "canary" not in shown and "launch.webhook" in shown
 
 
-@pytest.mark.parametrize("how", SAID)
-def test_a_rank_that_was_killed_stands_in_exit_json_where_no_other_was_to_blame(how: str, tmp_path: Path) -> None:
-    said, stands = SAID[how]
-    path = attempt_path(tmp_path, 1)
-    path.mkdir(parents=True)
-    if said is not None:
-        record_exit(path, said.exit_class, said.cause, said.rank)
-    torchrun: Any = Ended(Failure(1, -9))
-    conclude(tmp_path, 1, 1, torchrun)
-    assert read_exit(path) == stands
-    assert sorted(entry.name for entry in path.iterdir()) == ["exit.json", TORCHRUN_LOG]
+def test_what_is_refused_starts_no_process_and_leaves_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.local.Agent", None)  # to start ranks would be a TypeError
+    with pytest.raises(Refusal, match=r"run\.resume=3"):
+        train(str(tiny(tmp_path)), ["run.resume=3"], 2)
+    assert not (tmp_path / "runs").exists()

@@ -22,10 +22,10 @@ import psutil
 
 from launch.calibration_runs import Model, Training, write_store
 from launch.machine import cores, environment_for
-from launch.torchrun import command
 from pretrain import events
 from pretrain.config import load
 from pretrain.forecast import forecast
+from tests.launch.torchrun import command
 
 #: What must hold (issue 5): median and largest error over all cases.
 MEDIAN, LARGEST = 0.20, 0.40

@@ -93,6 +93,19 @@ def test_standing_events_equal_a_replay_that_cuts_at_each_resume(attempts: list[
     assert [(e.step, e.attempt) for e in standing(log)] == replay
 
 
+def test_steps_of_an_attempt_that_went_back_replace_its_own(tmp_path: Path) -> None:
+    first = [event(step) for step in range(6)]
+    back = [event(step, loss=1.0) for step in (3, 4)]
+    for item in (*first[:5], event(5, verdict="rewind", applied=False), *back):
+        events.write(tmp_path, item)
+    assert [(e.step, e.loss == 1.0) for e in read(tmp_path)] == [
+        (0, False), (1, False), (2, False), (3, True), (4, True),
+    ]  # fmt: skip
+    for item in [event(step, attempt=2, loss=2.0) for step in (3, 4, 5)]:
+        events.write(tmp_path, item)
+    assert [(e.step, e.attempt) for e in read(tmp_path)] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+
+
 @pytest.mark.parametrize("kept", [1, 63, -1])
 def test_a_torn_last_line_is_left_out_and_the_next_attempt_writes_over_it(tmp_path: Path, kept: int) -> None:
     line = event(1).to_line().encode()

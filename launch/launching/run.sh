@@ -1,0 +1,27 @@
+#!/bin/bash
+# What Slurm runs: the command that follows this file's name on sbatch's command line, word for word. This file is the
+# same for every job. Slurm's notice before the time limit (SIGUSR1) is passed on to the command; where a command that
+# got it then ends with 4 (saved, to be continued) or by a signal (a node was lost, or saving took too long), the job is
+# queued again. Exit codes 0 to 3 mean that going on would not help: done, a fault that stays, refused, a verdict.
+notice=
+child=
+trap 'notice=1; [[ -n $child ]] && kill -s USR1 "$child" 2>/dev/null' USR1
+# A job that is cancelled or preempted: Slurm itself tells the command. Told twice, it would end without saving.
+trap : TERM
+
+"$@" &
+child=$!
+[[ -n $notice ]] && kill -s USR1 "$child" 2>/dev/null
+while :; do
+    wait "$child"
+    code=$?
+    # A signal ends wait early; the command itself is then still there.
+    kill -0 "$child" 2>/dev/null || break
+done
+
+if [[ -n $notice && $code -ge 4 ]]; then
+    echo "ended with $code after the scheduler's notice: job $SLURM_JOB_ID is queued again"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    echo "job $SLURM_JOB_ID could not be queued again; submit it anew, the run goes on from its newest checkpoint" >&2
+fi
+exit "$code"

@@ -1,0 +1,110 @@
+"""Which rank is stopped, and which hangs: judged from heartbeats, of which the agent reads every one.
+
+How long a phase may take is learnt from the run itself: three times the 99th percentile of what that phase took so
+far, and three seconds at least. No clock of the day is looked at, and time in which the agent itself got no processor
+does not count against a rank.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pretrain.heartbeat import Beat
+
+#: Least seconds that are a hang, times the 99th percentile of a phase, phases of a kind before that is known.
+LEAST_S, TIMES, KNOWN_AFTER = 3.0, 3.0, 8
+#: Phases of a kind that an attempt may take longer for, while memory and caches fill, and for how long.
+FIRST, FIRST_S = 2, 30.0
+#: Seconds of a phase of which nothing is known yet: to start and to load, and any other.
+STARTING_S, UNKNOWN_S = 600.0, 120.0
+STARTING = ("start", "load", "end")
+#: Durations of a phase that are remembered.
+REMEMBERED = 1024
+#: Looks in a row, and seconds between the first and the last, that find a process stopped.
+STOPPED_LOOKS, STOPPED_S = 2, 0.5
+#: Longest time between two looks that counts as silence: beyond it the agent itself was kept from running.
+LONGEST_LOOK_S = 0.5
+
+
+class Patience:
+    """How long each phase may take; one for a launch, it goes on learning from attempt to attempt."""
+
+    def __init__(self, hang_s: float | None = None) -> None:
+        self._hang_s = hang_s
+        self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._limits: dict[str, float] = {}
+
+    def learn(self, durations: Mapping[str, Iterable[float]]) -> None:
+        """Seconds that phases took, by phase."""
+        for phase, seconds in durations.items():
+            seen = self._seen[phase]
+            seen.extend(seconds)
+            if len(seen) >= KNOWN_AFTER:
+                self._limits[phase] = max(LEAST_S, TIMES * sorted(seen)[int(0.99 * (len(seen) - 1) + 0.5)])
+
+    def limit(self, phase: str, ended: int) -> float:
+        """Seconds without a beat that are a hang in ``phase``, of which ``ended`` are over in this attempt."""
+        if phase in STARTING:
+            return STARTING_S
+        if self._hang_s is not None:
+            return self._hang_s
+        if (known := self._limits.get(phase)) is None:
+            return UNKNOWN_S
+        return known if ended >= FIRST else max(known, FIRST_S)
+
+
+@dataclass
+class Silence:
+    """How long a rank has said nothing, in seconds in which the agent looked."""
+
+    beats: int = 0
+    seconds: float = 0.0
+
+    def look(self, beat: Beat | None, elapsed: float) -> float:
+        beats = beat.beats if beat else 0
+        if beats != self.beats:
+            self.beats, self.seconds = beats, 0.0
+        else:
+            self.seconds += min(elapsed, LONGEST_LOOK_S)
+        return self.seconds
+
+
+class Standstill:
+    """Whether a process has been stopped for a while; told at every look whether it is now."""
+
+    def __init__(self) -> None:
+        self._looks = 0
+        self._since = 0.0
+
+    def look(self, stopped: bool, now: float) -> bool:
+        if not stopped:
+            self._looks = 0
+            return False
+        if not self._looks:
+            self._since = now
+        self._looks += 1
+        return self._looks >= STOPPED_LOOKS and now - self._since >= STOPPED_S
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """A rank as it stood when a hang was noticed. ``waiting``: it waited for others, as far as its stack says."""
+
+    rank: int
+    beat: Beat | None
+    silent_s: float
+    limit_s: float
+    waiting: bool = False
+    place: str = ""
+
+    @property
+    def beats(self) -> int:
+        return self.beat.beats if self.beat else 0
+
+
+def guilty(ranks: Iterable[Hanging]) -> Hanging:
+    """Of ranks that make no progress together the one that keeps the others waiting: with the least beats; where equal,
+    the one that is not in a collective."""
+    return min(ranks, key=lambda found: (found.beats, found.waiting, -found.silent_s, found.rank))

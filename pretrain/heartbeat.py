@@ -1,0 +1,138 @@
+"""The heartbeat of a rank: where it stands, written to a page of memory that the agent of its node shares. No torch.
+
+A rank says ``at(phase, step)`` whenever it goes from one phase to the next. The agent reads how often, where, since
+when, and how long the last phases of each kind took; it asks nothing of the rank, which may hang with the interpreter
+locked. Without an agent (``STOKER_HEARTBEAT`` not set) nothing is written.
+
+Layout, little-endian: a head (beats, step, phase, since, busy_s), then for each phase how many have ended and a ring of
+the seconds that the last ``RING`` of them took.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+VARIABLE = "STOKER_HEARTBEAT"
+#: ``compute`` ends with a collective that every rank takes part in; ``record`` begins when a step is done.
+PHASES = ("start", "load", "read", "compute", "record", "evaluate", "save", "end")
+#: Durations of a phase that are kept; the agent looks at least once a second.
+RING = 128
+
+_HEAD = struct.Struct("<QqQdd")
+_COUNT, _DURATION = struct.Struct("<Q"), struct.Struct("<d")
+_PHASE_BYTES = _COUNT.size + RING * _DURATION.size
+SIZE = _HEAD.size + len(PHASES) * _PHASE_BYTES
+_NO_STEP = -1
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank said last. ``beats``: phases it has begun; ``since``: CLOCK_MONOTONIC seconds when it began this one;
+    ``busy_s``: processor seconds of the process until then; ``step``: None outside of steps."""
+
+    beats: int
+    phase: str
+    step: int | None
+    since: float
+    busy_s: float
+
+
+class Heartbeat:
+    """The rank's side. Several objects of one process write to one page: the counts are in the page.
+
+    >>> heartbeat = Heartbeat.from_environment()
+    >>> heartbeat.at("compute", step=17)
+    """
+
+    def __init__(self, page: mmap.mmap | None) -> None:
+        self._page = page
+
+    @classmethod
+    def from_environment(cls) -> Heartbeat:
+        """The heartbeat of this process; one that does nothing where no agent listens."""
+        path = os.environ.get(VARIABLE)
+        if not path:
+            return cls(None)
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            return cls(mmap.mmap(descriptor, SIZE))
+        finally:
+            os.close(descriptor)
+
+    @property
+    def step(self) -> int | None:
+        """The step that this rank is in; None outside of steps, and where nobody listens."""
+        if self._page is None:
+            return None
+        beats, step, *_ = _HEAD.unpack_from(self._page)
+        return step if beats and step != _NO_STEP else None
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """This rank now begins ``phase`` (one of ``PHASES``), of ``step`` where it belongs to one."""
+        if phase not in PHASES:
+            raise ValueError(f"{phase!r} is no phase: {', '.join(PHASES)}")
+        page = self._page
+        if page is None:
+            return
+        index, now = PHASES.index(phase), time.monotonic()
+        beats, _, before, since, _ = _HEAD.unpack_from(page)
+        if beats:
+            _keep(page, before, now - since)
+        # One store of the whole head: a reader meets the old or the new, and reads twice to be sure.
+        head = _HEAD.pack(beats + 1, _NO_STEP if step is None else step, index, now, time.process_time())
+        page[: _HEAD.size] = head
+
+
+class Pulse:
+    """The agent's side: reads what a rank writes to the page behind a file descriptor of at least ``SIZE`` bytes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._page = mmap.mmap(descriptor, SIZE, prot=mmap.PROT_READ)
+        self._seen = [0] * len(PHASES)
+
+    def read(self) -> Beat | None:
+        """The last beat; None before the first."""
+        head = self._page[: _HEAD.size]
+        while (again := self._page[: _HEAD.size]) != head:
+            head = again
+        beats, step, phase, since, busy_s = _HEAD.unpack(head)
+        return Beat(beats, PHASES[phase], None if step == _NO_STEP else step, since, busy_s) if beats else None
+
+    def ended(self, phase: str) -> int:
+        """How many phases of this kind have ended in this process."""
+        return int(_COUNT.unpack_from(self._page, _offset(PHASES.index(phase)))[0])
+
+    def new_durations(self) -> dict[str, Sequence[float]]:
+        """Seconds that phases took which ended since this was asked last, the newest ``RING`` of each kind."""
+        found: dict[str, Sequence[float]] = {}
+        for index, phase in enumerate(PHASES):
+            at = _offset(index)
+            count = int(_COUNT.unpack_from(self._page, at)[0])
+            first = max(self._seen[index], count - RING)
+            if count > first:
+                ring = at + _COUNT.size
+                found[phase] = [
+                    _DURATION.unpack_from(self._page, ring + number % RING * _DURATION.size)[0]
+                    for number in range(first, count)
+                ]
+            self._seen[index] = count
+        return found
+
+    def close(self) -> None:
+        self._page.close()
+
+
+def _offset(phase: int) -> int:
+    return _HEAD.size + phase * _PHASE_BYTES
+
+
+def _keep(page: mmap.mmap, phase: int, seconds: float) -> None:
+    at = _offset(phase)
+    count = int(_COUNT.unpack_from(page, at)[0])
+    _DURATION.pack_into(page, at + _COUNT.size + count % RING * _DURATION.size, seconds)
+    _COUNT.pack_into(page, at, count + 1)

@@ -1,0 +1,157 @@
+"""The program of a node: what it does before there are ranks, and what it hands to the agent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.launching import node
+from launch.launching.folder import Folder
+from launch.launching.job import CONFIG, JOB, Job
+from launch.launching.slurm import submission
+from launch.launching.where import Where
+from launch.preflight import run
+from launch.preflight.report import Finding, Report, Verdict
+from pretrain.config import load
+from stoker.errors import Refusal
+from tests.launch.launching.jobs import prepared
+from tests.launch.tiny import tiny
+
+HOME = Path(__file__).parents[3]
+
+
+def written(folder: Path, *overrides: str, **changed: Any) -> Path:
+    """A launch.json of one node as ``submit`` writes it."""
+    ready = prepared(*overrides, config=str(tiny(folder)), hardware="cpu", nodes=1, ranks=2)
+    launch = Folder.next(ready.config.run_dir)
+    submitted = submission(ready, launch)
+    launch.make()
+    (launch.path / CONFIG).write_text(submitted.config)
+    (launch.path / JOB).write_text(replace(submitted.job, directory=str(folder), **changed).to_json())
+    return launch.path / JOB
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the agent would be started with; the preflight finds nothing."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(node, "_fit", lambda config, job, here: here.hosts)
+    monkeypatch.setattr(node, "_supervise", lambda *given: calls.append(given) or 3)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    return calls
+
+
+def test_the_agent_gets_the_configuration_with_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: list[tuple[Any, ...]]
+) -> None:
+    path = written(tmp_path, environment={"NCCL_DEBUG": "WARN", "HOME": "/not/this"})
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("STOKER_CONFIG_SECRET", json.dumps({"launch.webhook": "https://x.example/canary"}))
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    before = os.environ["HOME"]
+    assert node.main([str(path)]) == 3
+    ((config, arguments, job, here, good),) = called
+    assert config.launch.webhook == "https://x.example/canary" and arguments[0] == job.config
+    assert Path.cwd() == tmp_path and good == here.hosts and here.index == 0
+    assert os.environ["NCCL_DEBUG"] == "WARN" and os.environ["HOME"] == before
+    monkeypatch.delenv("NCCL_DEBUG")
+
+
+def test_what_is_not_there_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], called: list[tuple[Any, ...]]
+) -> None:
+    assert node.main([str(tmp_path / "absent.json")]) == 2
+    assert "shared path" in capfd.readouterr().err
+    path = written(tmp_path)
+    gone = replace(Job.read(path), directory=str(tmp_path / "gone"))
+    path.write_text(gone.to_json())
+    assert node.main([str(path)]) == 2
+    assert "where `stoker launch` was called" in capfd.readouterr().err
+    assert node.main([]) == 2 and not called
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_end_before_ranks_have_begun_it_has_saved_nothing_and_says_so(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    os.mkfifo(tmp_path / "launch.json")  # whose reader waits
+    argv = [sys.executable, "-m", "launch.launching.node", str(tmp_path / "launch.json")]
+    process = subprocess.Popen(argv, cwd=HOME, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not handled(process.pid, number):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 4 and number.name in said
+
+
+def handled(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (proc(5), SigCgt)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_a_node_without_numactl_says_what_that_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = replace(Job.read(written(tmp_path)), ranks_per_numa=1)
+    monkeypatch.setenv("PATH", "")
+    assert node._prefixes(job) == () and "numactl" in capfd.readouterr().err
+    (tmp_path / "numactl").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bound = [("numactl", "--cpunodebind=0", "--membind=0"), ("numactl", "--cpunodebind=1", "--membind=1")]
+    assert list(node._prefixes(job)) == bound and node._prefixes(replace(job, ranks_per_numa=None)) == ((), ())
+
+
+def preflight_of(monkeypatch: pytest.MonkeyPatch, good: tuple[str, ...], own: Finding) -> None:
+    """What the preflight of this node, n2 of three of which two are needed, says."""
+    excluded = {name: "12 bit errors" for name in ("n1", "n2", "n3") if name not in good}
+    verdict = Verdict(good, excluded, needed=2, total=3, warnings=("drivers differ",))
+    monkeypatch.setattr(run, "preflight", lambda config, ranks, launch: Report("n2", (own,), 0.1, verdict))
+
+
+def test_a_node_that_is_not_fit_leaves_the_run_to_a_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = replace(Job.read(written(tmp_path)), spares=2)
+    config = load(job.config)
+    here = Where(1, ("n1", "n2", "n3"), ("n1", "n2", "n3"), "7-0")
+    preflight_of(monkeypatch, ("n1", "n3"), Finding("memory", "refuse", "12 bit errors"))
+    assert node._fit(config, job, here) is None
+    assert "n2 takes no part, a spare does: 12 bit errors" in capfd.readouterr().err
+    preflight_of(monkeypatch, ("n1", "n2", "n3"), Finding("numa", "warn", "slow"))
+    assert node._fit(config, job, here) == ("n1", "n2", "n3")
+    assert "n2: numa: slow" in capfd.readouterr().err
+    preflight_of(monkeypatch, ("n1",), Finding("memory", "refuse", "12 bit errors"))
+    with pytest.raises(Refusal, match="12 bit errors"):
+        node._fit(config, job, here)
+
+
+def test_the_agent_is_asked_once_however_often_the_scheduler_asks() -> None:
+    class Counting:
+        asked = 0
+
+        def ask_to_end(self) -> None:
+            self.asked += 1
+
+    agent = Counting()
+    before = {number: signal.getsignal(number) for number in (*node.ENDING, signal.SIGINT)}
+    try:
+        node._pass_on(agent)  # type: ignore[arg-type]
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert agent.asked == 1

@@ -1,0 +1,148 @@
+"""A worker that trains nothing: for tests of the agent, a start takes a tenth of a second.
+
+It goes through the phases of steps, waits for its peers in each as a collective would, records what it did, and saves
+after every step. ``DUMMY_PLAY`` names a folder with ``play.json``: ``{"steps", "faults": [{"rank", "step", "what",
+"times"}]}``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "DUMMY_PLAY"
+HERE = "tests.launch.supervise.dummy"
+FOR_EVER_S = 3600
+
+
+class Preempted(Exception):
+    """Asked to end."""
+
+
+class Play:
+    def __init__(self, run_dir: Path) -> None:
+        from pretrain.heartbeat import Heartbeat
+
+        self.folder = Path(os.environ[VARIABLE])
+        self.content = json.loads((self.folder / "play.json").read_text())
+        self.run_dir = run_dir
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.attempt = int(os.environ["STOKER_ATTEMPT"])
+        self.heartbeat = Heartbeat.from_environment()
+        self.asked = False
+
+    def run(self) -> int:
+        from pretrain.attempt import ExitClass, record_exit
+
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        path = self.run_dir / "attempts" / f"{self.attempt:04d}"
+        self.heartbeat.at("start")
+        self.strike("start")
+        path.mkdir(exist_ok=True)
+        self.heartbeat.at("load")
+        print(f"rank {self.rank} of {self.size}", flush=True)
+        try:
+            for step in range(self.saved(), self.content["steps"]):
+                self.step(step)
+            ended = ExitClass.DONE, ""
+        except Preempted as asked:
+            ended = ExitClass.PREEMPTED, str(asked)
+        except Exception as error:
+            step = self.heartbeat.step
+            record_exit(
+                path,
+                ExitClass.FAULT,
+                str(error),
+                self.rank,
+                kind="exception",
+                step=step,
+                fingerprint=f"{error}, {step}",
+            )
+            print(f"Traceback: {error}", file=sys.stderr, flush=True)
+            return 1
+        finally:
+            self.heartbeat.at("end")
+        if self.rank == 0:
+            record_exit(path, *ended)
+        return ended[0].code
+
+    def step(self, step: int) -> None:
+        self.heartbeat.at("read", step)
+        self.heartbeat.at("compute", step)
+        self.strike(step)
+        self.all_reduce(step)
+        self.heartbeat.at("record", step)
+        if self.rank == 0:
+            (self.folder / "saving").write_text(str(step + 1))
+            (self.folder / "saving").rename(self.folder / "saved")
+            with open(self.folder / "done", "a") as file:
+                file.write(f"{self.attempt} {step}\n")
+        self.heartbeat.at("save", step + 1)
+        if self.asked and not self.content.get("deaf"):
+            raise Preempted(f"step {step + 1} is saved")
+
+    def all_reduce(self, step: int) -> None:
+        """Nobody goes on before all have come so far in this attempt, or were asked to end."""
+        (self.folder / f"came_{self.attempt}_{self.rank}_{step}").touch()
+        while not all((self.folder / f"came_{self.attempt}_{peer}_{step}").exists() for peer in range(self.size)):
+            time.sleep(0.002)
+        time.sleep(self.content.get("step_s", 0.01))
+
+    def saved(self) -> int:
+        path = self.folder / "saved"
+        return int(path.read_text()) if path.exists() else 0
+
+    def strike(self, step: int | str) -> None:
+        for number, fault in enumerate(self.content.get("faults", ())):
+            if fault["rank"] == self.rank and fault["step"] == step:
+                struck = len(list(self.folder.glob(f"struck_{number}_*")))
+                if struck < fault.get("times", 1):
+                    (self.folder / f"struck_{number}_{struck}").touch()
+                    strike(fault["what"], self)
+
+
+def strike(what: str, play: Play) -> None:
+    if what == "exception":
+        raise RuntimeError("cosmic ray")
+    if what == "interpreter locked":
+        ctypes.PyDLL(None).sleep(FOR_EVER_S)
+    elif what == "asleep":
+        time.sleep(FOR_EVER_S)
+    elif what == "child":
+        command = [sys.executable, "-c", f"import time; time.sleep({FOR_EVER_S})"]
+        child = subprocess.Popen(command)
+        (play.folder / f"child_{play.rank}").write_text(str(child.pid))
+        raise RuntimeError("a parent that forgot its child")
+    elif what == "refuse":
+        print("refused: no such thing", file=sys.stderr, flush=True)
+        os._exit(2)
+    elif what == "secret":
+        print(f"the key is {os.environ['A_SECRET_KEY']}", flush=True)
+        raise RuntimeError(f"the key {os.environ['A_SECRET_KEY']} is wrong")
+    elif what == "exit":
+        print("going home", file=sys.stderr, flush=True)
+        os._exit(7)
+    else:
+        os.kill(os.getpid(), signal.Signals[what])
+
+
+def main(arguments: list[str]) -> int:
+    return Play(Path(arguments[0])).run()
+
+
+if __name__ == "__main__":
+    from launch.supervise import worker
+
+    fake: Any = types.ModuleType("pretrain.run")
+    fake.main = main
+    sys.modules["pretrain.run"] = fake
+    worker.prepare = lambda arguments: None
+    sys.exit(worker.main(sys.argv[1:]))

@@ -1,0 +1,164 @@
+"""A hang is told from a step that takes long, from the run's own past; and the guilty rank from those that wait."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.supervise import stacks
+from launch.supervise.heartbeats import (
+    LEAST_S,
+    STARTING_S,
+    UNKNOWN_S,
+    Hanging,
+    Patience,
+    Silence,
+    Standstill,
+    guilty,
+)
+from pretrain.heartbeat import PHASES, RING, SIZE, VARIABLE, Beat, Heartbeat, Pulse
+from tests.house.sources import HOME
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> int:
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, SIZE)
+    monkeypatch.setenv(VARIABLE, f"/proc/self/fd/{descriptor}")
+    return descriptor
+
+
+def test_a_beat_is_read_as_it_was_said_by_any_object_of_the_process(page: int) -> None:
+    pulse, one, other = Pulse(page), Heartbeat.from_environment(), Heartbeat.from_environment()
+    assert pulse.read() is None and one.step is None
+    before = time.monotonic()
+    one.at("load")
+    other.at("compute", 17)
+    beat = pulse.read()
+    assert beat is not None and (beat.beats, beat.phase, beat.step) == (2, "compute", 17) and one.step == 17
+    assert before <= beat.since <= time.monotonic() and beat.busy_s > 0
+    assert pulse.ended("load") == 1 and pulse.ended("compute") == 0
+    with pytest.raises(ValueError, match="lunch"):
+        one.at("lunch")
+
+
+def test_durations_are_handed_over_once_and_the_newest_are_kept(page: int) -> None:
+    pulse, heart = Pulse(page), Heartbeat.from_environment()
+    heart.at("compute", 0)
+    time.sleep(0.02)
+    heart.at("record", 0)
+    (took,) = pulse.new_durations()["compute"]
+    assert 0.02 <= took < 5 and pulse.new_durations() == {}
+    for step in range(3 * RING):
+        heart.at("compute", step)
+        heart.at("read", step)
+    found = pulse.new_durations()
+    assert len(found["compute"]) == RING and pulse.ended("compute") == 3 * RING + 1
+    assert set(found) <= set(PHASES)
+
+
+def test_without_an_agent_a_beat_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    heart = Heartbeat.from_environment()
+    heart.at("compute", 3)
+    assert heart.step is None
+
+
+def test_a_reader_never_meets_half_a_beat(page: int) -> None:
+    pulse, heart, stop = Pulse(page), Heartbeat.from_environment(), threading.Event()
+
+    def beat() -> None:
+        step = 0
+        while not stop.is_set():
+            step += 1
+            heart.at("compute", step)
+
+    heart.at("compute", 0)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        for _ in range(5000):
+            found = pulse.read()
+            assert found is not None and found.step == found.beats - 1
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_patience_is_three_times_the_99th_percentile_and_three_seconds_at_least() -> None:
+    patience = Patience()
+    assert patience.limit("compute", 99) == UNKNOWN_S and patience.limit("load", 0) == STARTING_S
+    patience.learn({"compute": [0.01] * 7})
+    assert patience.limit("compute", 99) == UNKNOWN_S, "seven say nothing yet"
+    patience.learn({"compute": [0.01]})
+    assert patience.limit("compute", 99) == LEAST_S
+    patience.learn({"save": [5.0] * 99 + [60.0]})
+    assert patience.limit("save", 99) == pytest.approx(15.0), "one save of a hundred that took long does not count"
+    assert patience.limit("compute", 0) == 30, "the first step of an attempt may take longer"
+    told = Patience(hang_s=1.5)
+    assert told.limit("compute", 0) == 1.5 and told.limit("start", 0) == STARTING_S
+
+
+def test_ten_thousand_clean_steps_raise_no_alarm() -> None:
+    chance, patience = random.Random(3), Patience()
+    for step in range(10_000):
+        took = 2.0 * math.exp(chance.gauss(0, 0.25)) + (2.0 if step % 100 == 99 else 0.0)
+        assert took <= patience.limit("compute", step), f"step {step} took {took:.1f} s"
+        patience.learn({"compute": [took]})
+
+
+def test_time_in_which_the_agent_itself_was_not_running_is_no_silence_of_a_rank() -> None:
+    silence, beat = Silence(), Beat(3, "compute", 1, 0.0, 0.0)
+    assert silence.look(beat, 0.2) == 0
+    assert silence.look(beat, 0.2) == pytest.approx(0.2)
+    assert silence.look(beat, 3600.0) == pytest.approx(0.7)
+    assert silence.look(Beat(4, "record", 1, 0.0, 0.0), 0.2) == 0
+
+
+def test_a_process_is_stopped_when_it_was_found_so_twice_over_half_a_second() -> None:
+    still = Standstill()
+    assert [still.look(stopped, now) for stopped, now in ((True, 0.0), (True, 0.3), (True, 0.5))] == [
+        False,
+        False,
+        True,
+    ]
+    assert not still.look(False, 0.6) and not still.look(True, 9.0)
+
+
+def test_the_guilty_one_has_the_least_beats_and_does_not_wait() -> None:
+    def rank(number: int, beats: int, waiting: bool) -> Hanging:
+        return Hanging(number, Beat(beats, "compute", 1, 0.0, 0.0), 5.0, 3.0, waiting)
+
+    assert guilty([rank(0, 9, False), rank(1, 8, True)]).rank == 1
+    assert guilty([rank(0, 9, True), rank(1, 9, False), rank(2, 9, True)]).rank == 1
+
+
+PROGRAM = """
+import faulthandler, sys, threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+def sums(): time.sleep(0)
+def all_reduce(): faulthandler.dump_traceback(sys.stdout.fileno())
+def {name}(): all_reduce()
+{name}()
+"""
+
+
+def test_a_stack_says_what_the_main_thread_does_and_whether_it_waits_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(name="step"))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, cwd=HOME)
+    found = stacks.frames(done.stdout)
+    assert [function for _, _, function in found] == ["all_reduce", "step", "<module>"]
+    assert stacks.waiting(found), "step calls all_reduce"
+    assert stacks.place(found) == f"all_reduce ({path}:5)"
+    assert not stacks.waiting([(str(path), 4, "sums"), (str(path), 3, "<module>")])
+    assert stacks.waiting([("/x/torch/distributed/distributed_c10d.py", 1, "wait")])
+    assert stacks.frames("") == [] and stacks.place([]) == "" and stacks.read(tmp_path / "nowhere") == []
