@@ -59,6 +59,7 @@ def outcome(run_dir: Path) -> list[ExitClass | None]:
     return [one.exit_class if one else None for one in found]
 
 
+@pytest.mark.verify
 def test_two_nodes_save_at_the_notice_are_queued_again_and_end_bit_equal(
     cluster: Cluster, pool: Pool, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ class Stage:
         (self.folder / "play.json").write_text(json.dumps({"steps": steps, "faults": faults, **more}))
 
     def run(self, watch: Callable[[Agent], None] | None = None, ranks: int = 2, restarts: int = 10) -> int:
+        others = set(psutil.Process().children(recursive=True))  # other tests' pools
         node = Alone(self.root, ranks, restarts)
         agent = Agent(Work(self.root, (str(self.root),), ranks, {}, self.launch), node)
         thread = threading.Thread(target=watch, args=(agent,)) if watch else None
@@ -54,7 +55,7 @@ class Stage:
             code = agent.run()
         if thread:
             thread.join()
-        assert not psutil.Process().children(recursive=True), "no process is left behind"
+        assert not set(psutil.Process().children(recursive=True)) - others, "no process is left behind"
         return code
 
     def done(self) -> list[tuple[int, int]]:

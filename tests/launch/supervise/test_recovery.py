@@ -47,7 +47,7 @@ def test_p5_a_rank_killed_and_one_stopped_cost_an_attempt_each_and_change_nothin
 @pytest.mark.parametrize(
     ("what", "kind"),
     [
-        pytest.param("exception", "exception"),
+        pytest.param("exception", "exception", marks=pytest.mark.verify),
         pytest.param("no memory", "oom", marks=pytest.mark.verify),
         pytest.param("segmentation fault", "signal", marks=pytest.mark.verify),
         pytest.param("exit", "exception", marks=pytest.mark.verify),

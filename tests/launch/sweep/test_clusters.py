@@ -34,6 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     found.close()
 
 
+@pytest.mark.verify
 @pytest.mark.timeout(600)
 def test_slurm_runs_what_is_left_as_tasks_of_an_array(tmp_path: Path, cluster: Cluster) -> None:
     keys = {"base": {"run.steps": 4}, "grid": {"train.lr": [1e-2, 1e-3], "train.clip": [1.0, 0.5]}}

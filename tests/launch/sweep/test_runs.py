@@ -84,6 +84,7 @@ def same_as_alone(ledger: Ledger, folder: Path) -> None:
 COMMON = {"run.steps": 12, "checkpoint.every": 3}
 
 
+@pytest.mark.verify
 @pytest.mark.timeout(600)
 def test_p5_a_sweep_killed_with_9_and_resumed_is_every_run_alone(tmp_path: Path) -> None:
     ledger = kill_and_resume(tmp_path, [1], base=COMMON, grid={"train.lr": [1e-2, 1e-3, 1e-4]})
@@ -117,6 +118,7 @@ def test_a_thousand_runs_of_a_trainer_that_computes_nothing(tmp_path: Path) -> N
     assert used < 2 * 120
 
 
+@pytest.mark.verify
 @pytest.mark.timeout(600)
 def test_runs_of_several_ranks_have_a_process_each(tmp_path: Path) -> None:
     path = write(tmp_path, base={"run.steps": 4}, ranks=2, grid={"train.lr": [1e-2, 1e-3]})
