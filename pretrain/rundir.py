@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ DATA_KEYS = ("data.blend", "data.seq_len", "train.global_batch")
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 #: Set by the supervisor to the number that the next attempt is to have: its own records of the attempt carry it.
 ATTEMPT_VARIABLE = "STOKER_ATTEMPT"
+
+#: Seconds that a shared file system may hold the lock of a host that is gone (NFSv4 leases: 90).
+LEASE_S = 120.0
 
 _log = logging.getLogger(__name__)
 
@@ -248,6 +252,19 @@ def _lock(root: Path) -> IO[str]:
 
 
 def _take(file: IO[str], kind: int, root: Path) -> None:
+    """Lock, or refuse. Started again by a supervisor, wait: a shared file system holds the lock of a node that was lost
+    until its lease is over."""
+    until = time.monotonic() + (LEASE_S if os.environ.get(ATTEMPT_VARIABLE) else 0.0)
+    while True:
+        try:
+            return _take_now(file, kind, root)
+        except Refusal:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.5)
+
+
+def _take_now(file: IO[str], kind: int, root: Path) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

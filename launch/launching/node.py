@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Exit codes of DESIGN section 8.
 REFUSED, SAVED = 2, 4
+#: Seconds for all pods of a job to be there: some still pull the image.
+PULLING_S = 900.0
 #: A scheduler's ways to ask for the end. SIGUSR1 would end a process that does not know it.
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -97,6 +99,7 @@ def _fit(config: RunConfig, job: Job, here: Where) -> tuple[str, ...] | None:
         port=job.port,
         segment=None if job.segment is None else job.segment + job.segment_spares,
         share_hosts=here.one_machine,
+        timeout_s=PULLING_S if job.hosts else Launch.timeout_s,  # pods start apart
     )
     report = preflight(config, job.ranks_per_node, launch if job.all_nodes > 1 else None)
     verdict = report.verdict

@@ -14,10 +14,11 @@ child=$!
 [[ -n $notice ]] && kill -s USR1 "$child" 2>/dev/null
 while :; do
     wait "$child"
-    code=$?
     # A signal ends wait early; the command itself is then still there.
     kill -0 "$child" 2>/dev/null || break
 done
+wait "$child" # which says its code again, where a signal's stood
+code=$?
 
 if [[ -n $notice && $code -ge 4 ]]; then
     echo "ended with $code after the scheduler's notice: job $SLURM_JOB_ID is queued again"

@@ -26,6 +26,7 @@ from launch.supervise.processes import Worker
 from launch.supervise.ranks import Ranks
 from pretrain.attempt import ExitClass
 from pretrain.config_sections import LaunchSection
+from pretrain.rundir import committed_steps
 
 #: Seconds between two turns of the loop while nothing happens, and between two reports of where the ranks stand.
 TURN_S, STATES_S = 0.05, 2.0
@@ -70,6 +71,7 @@ class Agent:
         self._terminal = sys.stdout.fileno() if _is_terminal() else None
         self._fault_at: float | None = None
         self._states_at = 0.0
+        self._newest_before = max(committed_steps(work.run_dir), default=-1)
 
     def run(self) -> int:
         """The exit code of DESIGN section 8. Leaves no process behind."""
@@ -149,10 +151,19 @@ class Agent:
         self._ranks = None
         decision = self.node.agree(found, ranks.step)
         if decision.again and self._asked:
-            text = f"asked to end; {decision.text}"
-            decision = Decision(False, replace(causes.PREEMPTED, text=text), text)
+            ended = self._asked_and(decision.cause)
+            decision = Decision(False, ended, ended.text)
         self.node.states("restarting" if decision.again else "ended", last)
         return decision
+
+    def _asked_and(self, found: Cause) -> Cause:
+        """Asked to end, and it ended by a fault: preempted where this launch has saved something to go on from, so that
+        a scheduler which queues it again does not do so for ever."""
+        newest = max(committed_steps(self.work.run_dir), default=-1)
+        if newest > self._newest_before:
+            return replace(causes.PREEMPTED, text=f"asked to end; {found}; step {newest} is saved")
+        text = f"asked to end; {found}; this launch has saved nothing"
+        return replace(found, text=text, exit_class=ExitClass.FAULT)
 
     def _watch(self, ranks: Ranks, met: Assembly) -> tuple[Cause, bool]:
         """Until the attempt is over on this node: why, and whether that was found here."""
@@ -170,12 +181,11 @@ class Agent:
                 self._training(met)
             if found := ranks.found():
                 if self._asked and found.exit_class is ExitClass.FAULT:
-                    return replace(causes.PREEMPTED, text=f"asked to end; {found}, the newest checkpoint stands"), True
+                    return self._asked_and(found), True
                 return found, True
             if killing_at is not None and (self._asked > 1 or time.monotonic() >= killing_at):
                 why = "at once" if self._asked > 1 else f"after launch.grace_s={self.work.launch.grace_s:g} s"
-                text = f"asked to end and killed {why}, the newest checkpoint stands"
-                return replace(causes.PREEMPTED, text=text), True
+                return self._asked_and(causes.fault("unknown", f"the ranks were killed {why}")), True
             if other := self.node.notice():
                 # Of a hang every node says which of its ranks is the furthest behind; the leader finds the guilty one.
                 return ranks.hanging() if other.kind == "hang" else other, False

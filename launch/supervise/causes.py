@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any
 from pretrain.attempt import Exit, ExitClass, read_exit, settle_exit
 from pretrain.rundir import attempt_path
 from stoker.errors import Refusal
+
+_log = logging.getLogger(__name__)
 
 #: Signals that a program brings on itself: the same one again at the same step is the same failure. Others are sent.
 OWN_SIGNALS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
@@ -71,8 +74,12 @@ def killed(rank: int, number: int, step: int | None, host: str, no_memory: bool)
 
 
 def said(run_dir: Path, attempt: int) -> Cause | None:
-    """What the ranks themselves wrote into ``exit.json`` of this attempt."""
-    ended = read_exit(attempt_path(run_dir, attempt))
+    """What the ranks themselves wrote into ``exit.json`` of this attempt; None where it cannot be read: torn by a rank
+    that was killed while it wrote, or replaced by another node just now."""
+    try:
+        ended = read_exit(attempt_path(run_dir, attempt))
+    except (OSError, Refusal):
+        return None
     if ended is None:
         return None
     return Cause(
@@ -87,7 +94,7 @@ def most_telling(causes: Iterable[Cause]) -> Cause:
 
     def rank(cause: Cause) -> tuple[Any, ...]:
         kind = _TELLING.index(cause.kind)
-        consequence = cause.exit_class is ExitClass.FAULT and cause.rank is None and cause.kind != "node"
+        consequence = cause.exit_class is ExitClass.FAULT and cause.rank is None and cause.kind in ("store", "unknown")
         beats = cause.beats if cause.beats is not None else float("inf")
         return consequence, kind, beats, cause.waiting
 
@@ -97,13 +104,18 @@ def most_telling(causes: Iterable[Cause]) -> Cause:
 def record(run_dir: Path, attempt: int, cause: Cause) -> None:
     """Complete ``exit.json`` of an attempt once its ranks have ended: where it says more than ``cause``, it stands.
 
-    For the leader's agent. An attempt whose ranks ended before they began it gets its directory here."""
+    For the leader's agent. An attempt whose ranks ended before they began it gets its directory here. That the disk is
+    full costs the file, not the run."""
+    try:
+        _record(run_dir, attempt, cause)
+    except OSError as error:
+        _log.warning("%s: %s", attempt_path(run_dir, attempt), error)
+
+
+def _record(run_dir: Path, attempt: int, cause: Cause) -> None:
     path = attempt_path(run_dir, attempt)
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        before = said(run_dir, attempt)
-    except Refusal:  # torn by a rank that was killed while it wrote
-        before = None
+    before = said(run_dir, attempt)
     if before is not None and before.exit_class is not ExitClass.FAULT and cause.exit_class is ExitClass.FAULT:
         before = None  # it ended well, and then did not end
     kept = cause if before is None else most_telling([before, cause])

@@ -17,9 +17,12 @@ from pretrain.heartbeat import Beat
 LEAST_S, TIMES, KNOWN_AFTER = 3.0, 3.0, 8
 #: Phases of a kind that an attempt may take longer for, while memory and caches fill, and for how long.
 FIRST, FIRST_S = 2, 30.0
-#: Seconds of a phase of which nothing is known yet: to start and to load, and any other.
-STARTING_S, UNKNOWN_S = 600.0, 120.0
+#: Seconds of a phase of which nothing is known yet: to start and to load; to save and to evaluate, which may take any
+#: time; and any other, of which the first compiles kernels.
+STARTING_S, LONG_S, UNKNOWN_S = 600.0, 1800.0, 300.0
 STARTING = ("start", "load", "end")
+#: Phases that wait for disks that others use too, and the least seconds that are a hang in them.
+LONG, LEAST_LONG_S = ("save", "evaluate"), 60.0
 #: Durations of a phase that are remembered.
 REMEMBERED = 1024
 #: Looks in a row, and seconds between the first and the last, that find a process stopped.
@@ -42,7 +45,8 @@ class Patience:
             seen = self._seen[phase]
             seen.extend(seconds)
             if len(seen) >= KNOWN_AFTER:
-                self._limits[phase] = max(LEAST_S, TIMES * sorted(seen)[int(0.99 * (len(seen) - 1) + 0.5)])
+                least = LEAST_LONG_S if phase in LONG else LEAST_S
+                self._limits[phase] = max(least, TIMES * sorted(seen)[int(0.99 * (len(seen) - 1) + 0.5)])
 
     def limit(self, phase: str, ended: int) -> float:
         """Seconds without a beat that are a hang in ``phase``, of which ``ended`` are over in this attempt."""
@@ -51,7 +55,7 @@ class Patience:
         if self._hang_s is not None:
             return self._hang_s
         if (known := self._limits.get(phase)) is None:
-            return UNKNOWN_S
+            return LONG_S if phase in LONG else UNKNOWN_S
         return known if ended >= FIRST else max(known, FIRST_S)
 
 

@@ -9,20 +9,20 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from launch.supervise import causes
-from launch.supervise.causes import Cause, most_telling, record
-from launch.supervise.journal import Journal, RankState
+from launch.supervise.causes import Cause, most_telling
+from launch.supervise.journal import RankState
 from launch.supervise.node import Assembly
-from launch.supervise.places import Role, assign
+from launch.supervise.places import TOO_MANY_FAULTS, Role, assign
 from launch.supervise.policy import Decision, Policy
+from launch.supervise.records import Records
 from launch.supervise.wire import Link
 from pretrain.attempt import ExitClass
-from pretrain.rundir import attempts
-from stoker.errors import Refusal
+from pretrain.rundir import LEASE_S
 
 #: Seconds without a word after which a connection counts as lost, and between two words.
 LOST_S, BEAT_S = 2.0, 0.4
@@ -34,7 +34,7 @@ SETTLE_S = 1.5
 #: Seconds between two writings of ``ranks.json``.
 STATES_S = 2.0
 #: Kinds of fault that may lie in the node.
-HARDWARE = ("node", "signal", "stopped", "hang", "mismatch", "slow")
+HARDWARE = ("node", "signal", "stopped", "hang", "mismatch")
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,16 @@ class Leader:
         self._last_attempt = 0
         self._faults: dict[int, int] = {}
         self._running: Running | None = None
-        self._pending: dict[int, tuple[Cause, int | None]] = {}
+        self._pending: dict[int, tuple[int, Cause, int | None]] = {}
+        self._asked: set[int] = set()
         self._run_id = secrets.token_hex(8)
-        self._journal: Journal | None = None
-        self._lines: list[tuple[str, dict[str, Any]]] = []
+        self._records = Records(facts.run_dir, facts.listeners)
         self._since = time.monotonic()
         self._begun = False
         self._said_waiting = False
         self._states_at = 0.0
         self._led_at = self._since
+        self._writes = False
 
     @property
     def leads(self) -> bool:
@@ -138,8 +139,8 @@ class Leader:
         seat.heard = time.monotonic()
         if (ready := message.get("ready")) is not None:
             seat.ready = ready
-            if cause := ready.get("cause"):
-                self._pending[index] = Cause.from_dict(cause), ready["step"]
+            if (cause := ready.get("cause")) and not self._begun:  # else this leader has judged it
+                self._pending[index] = ready["attempt"], Cause.from_dict(cause), ready["step"]
         elif (told := message.get("told")) is not None:
             self._told(index, told)
         elif (states := message.get("states")) is not None:
@@ -148,8 +149,8 @@ class Leader:
                 self._running.state = states["state"]
         elif (found := message.get("found")) is not None:
             self._found(index, found)
-        elif "asked" in message and self._running is None and self.final is None:
-            self._finish(Decision(False, causes.PREEMPTED, f"node {self.facts.hosts[index]} was asked to end"))
+        elif "asked" in message:
+            self._asked.add(index)
 
     def tick(self) -> None:
         """What is due, twenty times a second."""
@@ -158,11 +159,11 @@ class Leader:
             if now - seat.heard > LOST_S:
                 self.leave(index, f"nothing was heard of it for {now - seat.heard:.1f} s")
         if not self.leads:
-            self._close_journal()  # it is for the one that leads to write
+            self._let_go()
             self._give_up_alone(now)
             return
         self._led_at = now
-        self._open_journal(now)
+        self._open_records(now)
         if self._running is not None:
             self._conclude_if_over(now)
         elif self.final is None:
@@ -179,9 +180,8 @@ class Leader:
     def close(self) -> None:
         for seat in self.seats.values():
             seat.link.close()
-        if self._journal is not None:
-            self._write_states("ended")
-            self._journal.close()
+        self._write_states("ended")
+        self._records.close()
 
     def _remember(self, told: Mapping[str, Any]) -> None:
         """The newest of what nodes remember stands."""
@@ -205,9 +205,12 @@ class Leader:
 
     def _gather(self, now: float) -> None:
         """Begin the next attempt as soon as the nodes for it are there and ready."""
-        if any(seat.ready is None for seat in self.seats.values()):
-            return  # its ranks are about to end
-        ready = set(self.seats)
+        if self._last_attempt == 0 and not self._records.is_open:
+            return  # perhaps another launch has the run
+        late = {index for index, seat in self.seats.items() if seat.ready is None}
+        if late and now - self._since < CONCLUDE_S:
+            return  # their ranks are about to end
+        ready = set(self.seats) - late
         first = not self._places
         if first and ready != self.facts.good and now - self._since < START_S:
             return
@@ -215,9 +218,13 @@ class Leader:
             return
         if self._pending and not self._judge_pending():
             return
-        chosen = assign(self.facts.roles, ready, self._places, self._faults)
-        if chosen is not None:
-            self._begin(chosen)
+        chosen = assign(self.facts.roles, ready - self._asked, self._places, self._faults)
+        if chosen is None and self._asked:
+            names = ", ".join(self.facts.hosts[index] for index in sorted(self._asked)[:8])
+            self._finish(Decision(False, causes.PREEMPTED, f"{names} asked to end"))
+        elif chosen is not None:
+            if (newest := self._records.newest_attempt()) is not None:
+                self._begin(chosen, max(newest, self._last_attempt) + 1)
         elif now - self._since > REJOIN_S:
             text = f"{self._missing()} did not come back within {REJOIN_S:.0f} s"
             self._finish(Decision(False, causes.fault("node", text), text))
@@ -237,8 +244,12 @@ class Leader:
 
     def _judge_pending(self) -> bool:
         """Decide on an attempt that an earlier leader did not live to judge. True: another follows."""
-        found: list[tuple[Cause | None, int | None]] = list(self._pending.values())
+        found: list[tuple[Cause | None, int | None]] = [
+            (cause, step) for attempt, cause, step in self._pending.values() if attempt == self._last_attempt
+        ]
         self._pending = {}
+        if not found:
+            return True
         gone = [node for node in self._places.values() if node not in self.seats]
         for node in gone:
             text = f"node {self.facts.hosts[node]}, which led the launch or was cut off with it, was lost"
@@ -246,9 +257,8 @@ class Leader:
             self._tell("fault", attempt=self._last_attempt, node=self.facts.hosts[node], kind="node", text=text)
         return self._judge(self._last_attempt, found).again
 
-    def _begin(self, chosen: dict[int, int]) -> None:
+    def _begin(self, chosen: dict[int, int], attempt: int) -> None:
         facts = self.facts
-        attempt = max(attempts(facts.run_dir), default=0) + 1
         self._last_attempt, self._places, self._begun, self._said_waiting = attempt, chosen, True, False
         self._running = Running(attempt, chosen)
         leading = self.seats[chosen[0]].ready
@@ -315,13 +325,15 @@ class Leader:
     def _judge(self, attempt: int, found: Iterable[tuple[Cause | None, int | None]]) -> Decision:
         found = list(found)
         steps = [step for _, step in found if step is not None]
-        known = [cause for cause, _ in found if cause is not None]
-        decision = self._policy.decide(most_telling(known), max(steps, default=None))
-        cause = decision.cause
-        if cause.kind in HARDWARE and cause.host in self.facts.hosts:
-            node = self.facts.hosts.index(cause.host)
+        cause = most_telling(cause for cause, _ in found if cause is not None)
+        if cause.kind in HARDWARE and (node := self._node_of(cause)) is not None:
             self._faults[node] = self._faults.get(node, 0) + 1
-        record(self.facts.run_dir, attempt, cause)
+            if cause.fingerprint is not None and len(self.facts.good) > len(self._places):
+                # It may be the node, and there is another: the same failure on that one is the program's own.
+                self._faults[node] = TOO_MANY_FAULTS
+                cause = replace(cause, fingerprint=f"{cause.fingerprint}, {self.facts.hosts[node]}")
+        decision = self._policy.decide(cause, max(steps, default=None))
+        self._records.record(attempt, cause)
         if not decision.again:
             self._finish(decision)
         else:
@@ -329,39 +341,37 @@ class Leader:
                 seat.link.send({"decision": {**decision.to_dict(), "attempt": attempt}, "memory": self._memory})
         return decision
 
+    def _node_of(self, cause: Cause) -> int | None:
+        """The node that a cause blames: by its host, else by the place of its rank."""
+        if cause.host in self.facts.hosts:
+            return self.facts.hosts.index(cause.host)
+        return None if cause.rank is None else self._places.get(cause.rank // self.facts.ranks)
+
     def _finish(self, decision: Decision) -> None:
         self.final = decision
         for seat in self.seats.values():
             seat.link.send({"decision": decision.to_dict()})
 
     def _write_states(self, state: str | None = None) -> None:
-        if self._journal is None:
-            return
         ranks = [RankState(**rank) for seat in self.seats.values() for rank in seat.states]
         now = state or (self._running.state if self._running else "restarting")
-        self._journal.ranks(self._last_attempt, now, sorted(ranks, key=lambda rank: rank.rank))
+        self._records.ranks(self._last_attempt, now, sorted(ranks, key=lambda rank: rank.rank))
 
     def _tell(self, event: str, **fields: Any) -> None:
-        if self._journal is not None:
-            self._journal.write(event, **fields)
-        else:
-            self._lines.append((event, fields))
+        self._records.write(event, **fields)
 
-    def _close_journal(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+    def _let_go(self) -> None:
+        """The journal is for the one that leads."""
+        if self._writes:
+            self._writes = False
+            self._records.release()
 
-    def _open_journal(self, now: float) -> None:
+    def _open_records(self, now: float) -> None:
         """Where another launch supervises the run nothing is started; that an earlier leader's lock ends is awaited."""
-        if self._journal is not None or self.final is not None:
+        if self.final is not None:
             return
-        try:
-            self._journal = Journal(self.facts.run_dir, self.facts.listeners)
-        except Refusal as refusal:
-            if self._last_attempt == 0:
-                self._finish(Decision(False, Cause(ExitClass.REFUSED, "refused", str(refusal)), str(refusal)))
-            return
-        lines, self._lines = self._lines, []
-        for event, fields in lines:
-            self._journal.write(event, **fields)
+        self._writes = True
+        self._records.open()
+        refusal = self._records.refusal
+        if refusal is not None and self._last_attempt == 0 and now - self._since > LEASE_S:
+            self._finish(Decision(False, Cause(ExitClass.REFUSED, "refused", refusal), refusal))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from launch.supervise import causes
 from launch.supervise.causes import Cause
 from launch.supervise.journal import RankState
-from launch.supervise.leader import Facts
+from launch.supervise.leader import CONCLUDE_S, Facts
 from launch.supervise.member import Member
 from launch.supervise.node import Assembly, reserved_port
 from launch.supervise.policy import Decision
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Seconds for a node to be connected again, or to be told what follows.
 APART_S, DECISION_S = 660.0, 300.0
+#: Seconds to stay where nobody is connected and the launch was asked to end.
+ALONE_S = 3.0
 POLL_S = 0.05
 
 
@@ -68,7 +70,12 @@ class Several:
         self._release()
         address = self._facts.addresses[self._index]
         self._port = reserved_port(address)
-        ready: dict[str, Any] = {"port": self._port.getsockname()[1], "cause": None, "step": None}
+        ready: dict[str, Any] = {
+            "port": self._port.getsockname()[1],
+            "attempt": self._attempt,
+            "cause": None,
+            "step": None,
+        }
         if self._unjudged is not None:
             cause, step = self._unjudged
             ready |= {"cause": cause.to_dict(), "step": step}
@@ -96,7 +103,9 @@ class Several:
             if asked() and asked_at is None:
                 asked_at = now
                 member.say({"asked": self._index})
-            if asked_at is not None and now - asked_at > 3.0:
+            # One that leads, or counts for the majority, stays until the others have saved.
+            patience = self._facts.grace_s + CONCLUDE_S if connected else ALONE_S
+            if asked_at is not None and now - asked_at > patience:
                 return Decision(False, causes.PREEMPTED, "asked to end")
 
     def notice(self) -> Cause | None:

@@ -15,6 +15,8 @@ from typing import Any
 from pretrain.heartbeat import SIZE, Beat, Pulse
 
 MODULE = "launch.supervise.worker"
+#: Seconds for the kernel to end a process that was killed.
+UNKILLABLE_S = 10.0
 
 
 class Worker:
@@ -120,9 +122,11 @@ class Worker:
         self.signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Kill what is left of it and let everything of it go."""
+        """Kill what is left of it and let everything of it go. One that the kernel cannot end (it waits for a device or
+        a file system) is left behind."""
         self.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(UNKILLABLE_S)
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
         assert self._process.stdout and self._process.stderr

@@ -92,7 +92,7 @@ class Ranks:
     def found(self) -> Cause | None:
         """Why the attempt is over on this node, once it is: all ranks have ended, or one has in a way that the others
         cannot survive, or one stands still."""
-        return self._how_ended() if self._ended else None or self._look()
+        return self._how_ended() if self._ended else self._look()
 
     def signal(self, number: signal.Signals) -> None:
         for rank, worker in self.workers.items():
@@ -172,14 +172,16 @@ class Ranks:
         return None
 
     def _unexplained(self, failed: Mapping[int, int]) -> Cause:
-        """Of ranks that ended with a code and wrote nothing down: what they printed last."""
-        found = []
+        """Of ranks that ended with a code and wrote nothing down: what they printed last; a refusal one rank says."""
+        found: list[Cause] = []
         for rank, code in failed.items():
             last = self._logs[rank].last_errors[-1] if self._logs[rank].last_errors else ""
             step = self._step_of(rank)
             if code == ExitClass.REFUSED.code:
-                text = last.removeprefix("refused: ") or "refused"
-                found.append(Cause(ExitClass.REFUSED, "refused", text, host=self._host))
+                refusal = Cause(
+                    ExitClass.REFUSED, "refused", last.removeprefix("refused: ") or "refused", host=self._host
+                )
+                found.insert(0 if last else len(found), refusal)
             elif "another rank is gone" in last:
                 found.append(causes.fault("store", last, step=step, host=self._host))
             else:

@@ -40,7 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.update(word["environment"])
     if word["terminal"] and terminal:
         os.dup2(terminal[0], sys.stdout.fileno())
-    stacks = open(word["stacks"], "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    try:
+        stacks = open(word["stacks"], "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    except OSError:  # a disk that is full costs the stacks, not the rank
+        stacks = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -15,7 +15,9 @@ import pytest
 
 from launch.supervise import stacks
 from launch.supervise.heartbeats import (
+    LEAST_LONG_S,
     LEAST_S,
+    LONG_S,
     STARTING_S,
     UNKNOWN_S,
     Hanging,
@@ -100,8 +102,11 @@ def test_patience_is_three_times_the_99th_percentile_and_three_seconds_at_least(
     assert patience.limit("compute", 99) == UNKNOWN_S, "seven say nothing yet"
     patience.learn({"compute": [0.01]})
     assert patience.limit("compute", 99) == LEAST_S
-    patience.learn({"save": [5.0] * 99 + [60.0]})
-    assert patience.limit("save", 99) == pytest.approx(15.0), "one save of a hundred that took long does not count"
+    patience.learn({"read": [5.0] * 99 + [60.0]})
+    assert patience.limit("read", 99) == pytest.approx(15.0), "one of a hundred that took long does not count"
+    assert patience.limit("save", 0) == LONG_S, "of a disk nothing is known"
+    patience.learn({"save": [5.0] * 8})
+    assert patience.limit("save", 99) == LEAST_LONG_S
     assert patience.limit("compute", 0) == 30, "the first step of an attempt may take longer"
     told = Patience(hang_s=1.5)
     assert told.limit("compute", 0) == 1.5 and told.limit("start", 0) == STARTING_S

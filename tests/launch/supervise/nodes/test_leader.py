@@ -1,0 +1,201 @@
+"""What the leader of a launch decides, told by words alone: no connections, no ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.launching.job import Role
+from launch.supervise import causes, leader, records
+from launch.supervise.causes import Cause
+from launch.supervise.leader import Facts, Leader
+from tests.launch.supervise.nodes.agents import launched, until
+
+
+class Ear:
+    """The other end of a connection: what the leader said."""
+
+    def __init__(self) -> None:
+        self.heard: list[Mapping[str, Any]] = []
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        self.heard.append(message)
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def place(self) -> int | None:
+        """Of the newest attempt that it is part of."""
+        return next((said["assembly"]["group_rank"] for said in reversed(self.heard) if "assembly" in said), None)
+
+
+class Scene:
+    """Nodes n0 and n1 train, n2 is the spare; each runs two ranks."""
+
+    def __init__(self, run_dir: Path) -> None:
+        roles = [Role(None, False), Role(None, False), Role(None, True)]
+        hosts, ports = ("n0", "n1", "n2"), (1, 2, 3)
+        self.leader = Leader(Facts(hosts, hosts, ports, roles, frozenset(range(3)), 2, run_dir, 9, 1.0, b""))
+        self.ears = [Ear() for _ in range(3)]
+        for node in range(3):
+            self.join(node)
+
+    def join(self, node: int) -> None:
+        self.leader.join(node, self.ears[node], {})  # type: ignore[arg-type]
+
+    def ready(self, *nodes: int, cause: Cause | None = None, attempt: int = 0) -> None:
+        for node in nodes:
+            told = cause.to_dict() if cause else None
+            self.leader.take(node, {"ready": {"port": 1000, "attempt": attempt, "cause": told, "step": None}})
+
+    def found(self, node: int, cause: Cause | None, attempt: int) -> None:
+        told = cause.to_dict() if cause else None
+        self.leader.take(node, {"found": {"attempt": attempt, "cause": told, "step": attempt}})
+
+    def turn(self, seconds: float = 0.3) -> None:
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            for seat in self.leader.seats.values():
+                seat.heard = time.monotonic()
+            self.leader.tick()
+            time.sleep(0.01)
+
+    def code(self) -> int | None:
+        """Of the launch, where its end is decided."""
+        return self.leader.final.code if self.leader.final else None
+
+    def attempt(self) -> int | None:
+        running = self.leader._running
+        return running.attempt if running else None
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    scene = Scene(tmp_path / "run")
+    scene.ready(0, 1, 2)
+    scene.turn()
+    assert scene.attempt() == 1 and [ear.place for ear in scene.ears] == [0, 1, None]
+    return scene
+
+
+def test_a_connection_that_is_lost_is_judged_once(scene: Scene) -> None:
+    scene.leader.leave(1, "a cable")
+    scene.found(0, None, 1)
+    scene.turn()
+    assert scene.leader._policy.restarts == 1
+    scene.join(1)
+    scene.ready(1, cause=causes.fault("node", "n1 was cut off from n0", host="n0"), attempt=1)
+    scene.ready(0)
+    scene.turn()
+    assert scene.attempt() == 2
+    assert scene.leader._policy.restarts == 1 and scene.leader._faults == {1: 1}, "the leader's host is blameless"
+
+
+def test_a_node_that_never_gets_ready_is_replaced(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader, "CONCLUDE_S", 0.4)
+    scene.found(0, causes.fault("hang", "rank 2 made no progress", rank=2, host="n1"), 1)
+    scene.turn(0.6)  # n1 does not answer: its agent waits for a process that the kernel cannot end
+    scene.join(1)
+    scene.ready(0)
+    scene.turn(0.2)
+    assert scene.attempt() is None, "it is given a while"
+    scene.turn(0.8)
+    assert scene.attempt() == 2 and [ear.place for ear in scene.ears] == [0, 1, 1]
+    assert scene.leader._places == {0: 0, 1: 2}
+
+
+def test_asked_to_end_while_ranks_save_the_launch_ends_after_them(scene: Scene) -> None:
+    scene.leader.take(2, {"asked": 2})
+    scene.turn()
+    assert scene.code() is None and scene.attempt() == 1
+    scene.found(0, causes.PREEMPTED, 1)
+    scene.found(1, causes.PREEMPTED, 1)
+    scene.turn()
+    assert scene.code() == 4
+
+
+def test_a_spare_that_is_taken_away_ends_nothing(scene: Scene) -> None:
+    scene.leader.take(2, {"asked": 2})
+    scene.found(0, causes.fault("signal", "rank 0 was killed", rank=0, host="n0"), 1)
+    scene.found(1, None, 1)
+    scene.turn()
+    scene.ready(0, 1)
+    scene.turn()
+    assert scene.code() is None and scene.attempt() == 2
+
+
+def test_asked_between_attempts_nothing_is_started(scene: Scene) -> None:
+    scene.found(0, causes.fault("signal", "rank 0 was killed", rank=0, host="n0"), 1)
+    scene.found(1, None, 1)
+    scene.leader.take(0, {"asked": 0})
+    scene.leader.take(2, {"asked": 2})
+    scene.turn()
+    scene.ready(0, 1)
+    scene.turn()
+    assert scene.code() == 4
+
+
+def test_wrong_numbers_count_against_the_node_of_the_rank_that_made_them(scene: Scene) -> None:
+    for attempt in (1, 2):
+        scene.found(1, causes.fault("mismatch", "rank 3 holds another weight", rank=3), attempt)
+        scene.found(0, None, attempt)
+        scene.turn()
+        scene.ready(0, 1)
+        scene.turn()
+    assert scene.attempt() == 3 and scene.leader._places == {0: 0, 1: 2}, "after two the spare serves"
+
+
+def test_a_failure_that_comes_back_is_tried_on_a_spare_before_the_launch_gives_up(scene: Scene) -> None:
+    def hang(attempt: int) -> None:
+        told = causes.fault("hang", "rank 2 made no progress in load", rank=2, host=f"n{scene.leader._places[1]}")
+        scene.found(1 if attempt == 1 else 2, replace(told, fingerprint="hang, rank 2, load"), attempt)
+        scene.found(0, None, attempt)
+        scene.turn()
+        scene.ready(0, 1, 2)
+        scene.turn()
+
+    hang(1)
+    assert scene.attempt() == 2 and scene.leader._places == {0: 0, 1: 2}, "the spare is tried at once"
+    hang(2)
+    hang(3)
+    assert scene.code() == 1, "there too, and again: it is not the node"
+
+
+def test_replicas_that_differ_are_told_though_nobody_is_to_blame() -> None:
+    mismatch = causes.fault("mismatch", "two replicas differ, and nothing says which is right")
+    echo = causes.fault("exception", "rank 1 ended with exit code 1", rank=1)
+    gone = causes.fault("store", "another rank is gone")
+    assert causes.most_telling([echo, gone, mismatch]) is mismatch and causes.most_telling([gone, echo]) is echo
+
+
+def test_a_file_system_that_stalls_costs_no_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stalled: list[float] = []
+
+    def ranks(self: object, *told: object) -> None:
+        stalled.append(time.monotonic())
+        time.sleep(leader.LOST_S + 1.0)
+
+    monkeypatch.setattr(records.Journal, "ranks", ranks)
+    with launched(tmp_path / "run", 2) as launch:
+        until(lambda: len(launch.places()) == 2)
+        until(lambda: bool(stalled))
+        time.sleep(leader.LOST_S + 1.0)
+        assert [agent.met for agent in launch.agents] == [[(1, 0)], [(1, 1)]]
+
+
+def test_a_spare_waits_until_the_others_have_saved(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", 3, spares=[2]) as launch:
+        until(lambda: len(launch.places()) == 2)
+        launch.agents[2].asked = True
+        time.sleep(3.5)
+        assert launch.agents[2].ended is None and len(launch.places()) == 2
+        for agent in launch.agents[:2]:
+            agent.fault = causes.PREEMPTED
+        until(lambda: all(agent.ended for agent in launch.agents))
+        assert {agent.ended.code for agent in launch.agents if agent.ended} == {4}
