@@ -250,10 +250,11 @@ def test_no_secret_reaches_logs_journal_or_exit(stage: Stage, monkeypatch: pytes
 def test_spares_are_made_once_training_goes_on_and_take_over_without_a_new_start(stage: Stage) -> None:
     stage.play(step_s=0.02, steps=300)
     seen: list[set[int]] = []
+    others = set(psutil.Process().children())
 
     def kill(agent: Agent) -> None:
         wait_for(lambda: len(stage.events("spare_ready")) == 2)
-        family = {process.pid for process in psutil.Process().children()}
+        family = {process.pid for process in set(psutil.Process().children()) - others}
         seen.append(family - set(agent.pids().values()))
         agent.signal(1, signal.SIGKILL)
         wait_for(lambda: len(stage.events("training")) == 2)
