@@ -21,7 +21,7 @@ from dataio.order import BLOCK_TOKENS, GROUP_BLOCKS, require_seq_len
 from dataio.types import TokenizerId
 from stoker import canonical, formats
 from stoker.errors import Refusal
-from stoker.files import append_line, parse_jsonl
+from stoker.files import append_line, parse_jsonl, write_atomic
 
 FORMAT = "stoker.data_log"
 VERSION_READ = 1
@@ -126,12 +126,12 @@ class DataLog:
             raise Refusal(f"{path}: damaged ({error} in a line); restore it from a copy of the run") from None
 
     def write(self, path: str | os.PathLike[str]) -> DataLog:
-        """Start the file of a run with this log, and return the log with its path. Refuses an existing file."""
+        """Start the file of a run with this log, and return the log with its path. Refuses an existing file. A run that
+        is killed meanwhile has either no log or this one."""
         path = Path(path)
         if path.exists():
             raise Refusal(f"{path}: the run has a data log already; open it, or choose another run directory")
-        for line in self._lines():
-            append_line(path, line, durable=True)
+        write_atomic(path, "".join(f"{line}\n" for line in self._lines()))
         return DataLog(self.seed, self.tokenizer, self.segments, self.block_tokens, self.group_blocks, path)
 
     def append(self, segment: Segment, next_step: int) -> DataLog:

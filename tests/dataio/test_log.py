@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +53,26 @@ def test_two_writers_do_not_overwrite_each_other(tmp_path: Path) -> None:
         log.append(segment(11), next_step=5)
     with pytest.raises(Refusal, match="already"):
         log.write(tmp_path / "data_log.jsonl")
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_run_that_is_killed_as_it_begins_its_log_has_all_of_it_or_none(tmp_path: Path, call: int) -> None:
+    path = tmp_path / "data_log.jsonl"
+    log = DataLog(3, TOKENIZER, (segment(0), segment(7)))
+    if (child := os.fork()) == 0:
+        calls = itertools.count()
+
+        def watch(event: str, _: object) -> None:
+            if event in ("open", "os.rename", "os.link") and next(calls) == call:
+                os._exit(9)
+
+        sys.addaudithook(watch)
+        log.write(path)
+        os._exit(0)
+    os.waitpid(child, 0)
+    if not path.exists():
+        log.write(path)
+    assert DataLog.open(path) == log
 
 
 def test_a_torn_last_line_was_never_appended(tmp_path: Path) -> None:
