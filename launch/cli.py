@@ -21,8 +21,11 @@ from launch.commands_sweep import sweep
 from launch.commands_watch import logs, status, watch
 from pretrain.guard import require_own_rooms
 from stoker.errors import Refusal
+from stoker.secrets import mask_values
 
 REFUSED = 2
+#: Of a refusal: a longer one quotes a value that nobody would read to its end.
+MOST_CHARACTERS = 4000
 
 app = typer.Typer(
     help="Stoker trains language models, from text on disk to generated text, under every parallel layout.",
@@ -125,8 +128,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="stoker")
     except Refusal as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
+        print(f"refused: {_one_line(mask_values(str(refusal)))}", file=sys.stderr)
         sys.exit(REFUSED)
+
+
+def _one_line(text: str) -> str:
+    """The text with line breaks, and what else a terminal would obey, written out; the middle of a long one is left
+    out."""
+    half = MOST_CHARACTERS // 2
+    text = text if len(text) <= MOST_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 if __name__ == "__main__":

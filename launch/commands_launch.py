@@ -85,9 +85,9 @@ def kubernetes(
         return
     scheduler.submit(ready)
     typer.echo(
-        f"JobSet {ready.job.name} in namespace {ready.namespace}: {nodes} nodes, {prepared.plan.world_size} ranks\n"
-        f"kubectl -n {ready.namespace} get pods -l jobset.sigs.k8s.io/jobset-name={ready.job.name}\n"
-        f"kubectl -n {ready.namespace} delete jobset {ready.job.name} saves and ends it"
+        f"JobSet {ready.name} in namespace {ready.namespace}: {nodes} nodes, {prepared.plan.world_size} ranks\n"
+        f"kubectl -n {ready.namespace} get pods -l jobset.sigs.k8s.io/jobset-name={ready.name}\n"
+        f"kubectl -n {ready.namespace} delete jobset {ready.name} saves and ends it"
     )
 
 

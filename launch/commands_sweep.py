@@ -17,8 +17,16 @@ def sweep(
     on: Annotated[Literal["local", "slurm", "ray"], typer.Option(help="Where they run.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything and list the runs.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="A process of its own for each run, no fork.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Let what runs on Slurm save and end; the rest waits.")] = False,
 ) -> None:
     """Run a grid or a list of configurations. Given again, it goes on: finished runs are left, broken ones tried."""
+    if stop:
+        from launch.sweep.array import stop as stop_array
+        from launch.sweep.ledger import read
+        from launch.sweep.planning import folder_of
+
+        typer.echo(stop_array(read(folder_of(path)).root))
+        return
     from launch.sweep.history import Outcome
     from launch.sweep.run import listed, prepare
     from launch.sweep.run import sweep as run_sweep

@@ -32,11 +32,13 @@ def train(
     ranks: int | None = None,
     max_restarts: int | None = None,
     watch: Callable[[Agent], None] | None = None,
+    insist: bool = True,
 ) -> int:
     """Run a configuration on ``ranks`` processes of this machine (None: as many as suit it); returns the exit code of
     DESIGN section 8. ``max_restarts``: other than ``launch.max_restarts``. ``watch`` runs beside it in a thread.
 
-    SIGINT, SIGTERM and SIGUSR1 ask the ranks for an urgent checkpoint; a second one ends them at once.
+    SIGINT, SIGTERM and SIGUSR1 ask the ranks for an urgent checkpoint; a second one ends them at once, unless not to
+    ``insist``.
     """
     config = load(source, overrides)
     ranks = choose_ranks(config) if ranks is None else ranks
@@ -47,7 +49,7 @@ def train(
     print(f"$ {by_hand([source, *overrides], ranks, environment)}", flush=True)
     node = Alone(config.run_dir, ranks, restarts, listeners(config))
     agent = Agent(Work(config.run_dir, (source, *overrides), ranks, environment, config.launch), node)
-    with asked_to_end(agent), _beside(watch, agent):
+    with asked_to_end(agent, insist), _beside(watch, agent):
         code = agent.run()
     conclude(config, agent.decision)
     return code

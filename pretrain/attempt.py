@@ -63,12 +63,13 @@ class ExitClass(Enum):
         return {"done": 0, "fault": 1, "refused": 2, "stopped": 3, "preempted": 4}[self.value]
 
 
-#: What ended an attempt, more closely than its class. ``exception``: an error that Python raised; ``signal``: a rank
-#: was killed; ``hang``: no progress; ``stopped``: a stopped process; ``mismatch``: replicas that differ; ``store``: the
-#: ranks could not meet, or lost each other; ``unknown``: nobody could say.
+#: What ended an attempt, more closely than its class, from what explains most to what is only a consequence.
+#: ``device``: a GPU or its link reported an error; ``mismatch``: replicas that differ; ``stopped``: a stopped process;
+#: ``signal``: a rank was killed; ``exception``: an error that Python raised; ``hang``: no progress; ``store``: ranks
+#: could not meet, or lost each other; ``unknown``: nobody could say.
 KINDS = (
-    "done", "refused", "verdict", "preempted", "signal", "oom", "exception", "hang", "stopped", "slow", "mismatch",
-    "node", "store", "unknown",
+    "refused", "verdict", "preempted", "done", "node", "device", "oom", "mismatch", "stopped", "signal", "exception",
+    "hang", "slow", "store", "unknown",
 )  # fmt: skip
 _KIND_OF_CLASS = {
     ExitClass.DONE: "done",
@@ -128,12 +129,13 @@ def record_exit(
     """Write ``exit.json``; any rank may, the first one stands. True if this one was it.
 
     The first rank that fails knows the cause; the others only see that it is gone. Where one of those was faster, a
-    rank that blames itself takes its place.
+    rank that blames itself takes its place, and a device that failed that of the errors which it caused elsewhere.
     """
     path = attempt_path / "exit.json"
     ended = Exit(exit_class, cause, rank, kind, step, host, fingerprint)
     if rank is not None and (first := read_exit(attempt_path)) is not None:
-        if first.exit_class is not ExitClass.FAULT or first.rank is not None:
+        explained = first.rank is not None and (kind != "device" or KINDS.index(first.kind) <= KINDS.index(kind))
+        if first.exit_class is not ExitClass.FAULT or explained:
             return False
         settle_exit(attempt_path, ended)
         return True

@@ -46,7 +46,7 @@ from pretrain.spec import ModelSpec
 from pretrain.workload import refuse_ragged_experts, workload_of
 from stoker import canonical, formats
 from stoker.errors import Refusal
-from stoker.secrets import MASK, mask
+from stoker.secrets import MASK, mask, remember
 from stoker.sections import Section, refusal, suggestion
 from stoker.yaml_core import dump_yaml, parse_yaml
 
@@ -144,6 +144,8 @@ def parse(values: Any, source: str = "configuration") -> RunConfig:
         raise refusal(error, RunConfig, source) from None
     except (TypeError, ValueError) as error:
         raise Refusal(f"{source}: not plain values: {error}") from None
+    if config.launch.webhook is not None:
+        remember(config.launch.webhook)
     known = [key for key, key_class in keys(RunConfig) if key_class is KeyClass.TRAJECTORY]
     for key in config.run.allow_change:
         if not any(_covers(key, other) for other in known):
@@ -166,7 +168,7 @@ def read_values(source: str | Path) -> Any:
         path = _presets() / f"{source}.yaml"
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in its name
         raise Refusal(f"configuration {path} cannot be read: {error}") from None
     return parse_yaml(text, str(source))
 

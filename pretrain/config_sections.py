@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
+from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +18,17 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
+
+
+#: ``name:password@`` in the name of a container image, with a scheme or without; a path on the node has none.
+_PASSWORD = re.compile(r"^(?!/[^/]|\.\.?/)(?:[a-z][a-z0-9+.-]*://)?+[^@]*:[^@]*@", re.DOTALL | re.IGNORECASE)
+#: The end of an image that is named by its content: ``@sha256:1f3a...`` (OCI image specification 1.1, digests).
+_DIGEST = re.compile(r"@[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-fA-F]{32,}$")
+
+
+def shows_password(image: str) -> bool:
+    """The name of a container image holds a password."""
+    return _PASSWORD.search(_DIGEST.sub("", unquote(image))) is not None
 
 
 class RunSection(Section):
@@ -236,6 +249,16 @@ class LaunchSection(Section):
     """Kubernetes PersistentVolumeClaim that holds the run directory and the data, mounted at run.dir."""
     webhook: str | None = None
     """URL that is told of faults, restarts and the end; the value is masked in everything that is written."""
+
+    @field_validator("container")
+    @classmethod
+    def _shows_no_password(cls, value: str | None) -> str | None:
+        if value is not None and shows_password(value):
+            raise Refusal(
+                "it holds a password (and is not shown here): on Slurm credentials belong into enroot's .credentials "
+                "file, on Kubernetes into a Secret that imagePullSecrets of the service account names"
+            )
+        return value
 
     @field_validator("webhook")
     @classmethod

@@ -62,10 +62,13 @@ class Feed:
         """Refuse a checkpoint whose data this run does not continue."""
         self.stream.require_state(state, next_step, f"checkpoint of step {next_step}")
 
-    def read(self, step: int, part: Part) -> tuple[BatchPlan, Batch]:
-        """The step's addresses, and the tokens of one part."""
+    def read(
+        self, step: int, part: Part, planned: Callable[[BatchPlan], None] = lambda plan: None
+    ) -> tuple[BatchPlan, Batch]:
+        """The step's addresses, which ``planned`` is told before a token is read, and the tokens of one part."""
         self._follow(step)
         plan = self.stream.plan(step)
+        planned(plan)
         return plan, self.stream.read(plan, part)
 
     def pass_over(self, step: int) -> None:

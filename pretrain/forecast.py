@@ -36,9 +36,9 @@ class Forecast:
     peak_flops: float
     basis: str
 
-    def mfu(self, step_s: float) -> float:
+    def mfu(self, step_s: float, model_flops: float) -> float:
         """Model FLOPs of a step that took so long, against the peak of all devices."""
-        return self.model_flops / step_s / self.peak_flops
+        return model_flops / step_s / self.peak_flops
 
     def beside_step(self, measured_s: float) -> str:
         step = self.time

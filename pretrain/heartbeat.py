@@ -2,10 +2,12 @@
 
 A rank says ``at(phase, step)`` whenever it goes from one phase to the next. The agent reads how often, where, since
 when, and how long the last phases of each kind took; it asks nothing of the rank, which may hang with the interpreter
-locked. Without an agent (``STOKER_HEARTBEAT`` not set) nothing is written.
+locked. Without an agent (``STOKER_HEARTBEAT`` not set) nothing is written. Since a step may become several times as
+long as those before it (a segment of the data log has longer windows or more of them), a rank also says how much work
+it is.
 
-Layout, little-endian: a head (beats, step, phase, since, busy_s), then for each phase how many have ended and a ring of
-the seconds that the last ``RING`` of them took.
+Layout, little-endian: a head (beats, step, phase, since, busy_s, setup, work), then for each phase how many have ended
+and a ring of the seconds that the last ``RING`` of them took, and of their work.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ PHASES = ("start", "load", "read", "compute", "record", "evaluate", "save", "end
 #: Durations of a phase that are kept; the agent looks at least once a second.
 RING = 128
 
-_HEAD = struct.Struct("<QqQdd")
-_COUNT, _DURATION = struct.Struct("<Q"), struct.Struct("<d")
-_PHASE_BYTES = _COUNT.size + RING * _DURATION.size
+_HEAD = struct.Struct("<QqQddQd")
+_COUNT, _TOOK = struct.Struct("<Q"), struct.Struct("<dd")
+_PHASE_BYTES = _COUNT.size + RING * _TOOK.size
 SIZE = _HEAD.size + len(PHASES) * _PHASE_BYTES
 _NO_STEP = -1
 
@@ -33,13 +35,16 @@ _NO_STEP = -1
 @dataclass(frozen=True)
 class Beat:
     """What a rank said last. ``beats``: phases it has begun; ``since``: CLOCK_MONOTONIC seconds when it began this one;
-    ``busy_s``: processor seconds of the process until then; ``step``: None outside of steps."""
+    ``busy_s``: processor seconds of the process until then; ``step``: None outside of steps; ``setup`` and ``work``: as
+    ``Heartbeat.works`` has them, 0 before."""
 
     beats: int
     phase: str
     step: int | None
     since: float
     busy_s: float
+    setup: int = 0
+    work: float = 0.0
 
 
 class Heartbeat:
@@ -80,12 +85,19 @@ class Heartbeat:
         if page is None:
             return
         index, now = PHASES.index(phase), time.monotonic()
-        beats, _, before, since, _ = _HEAD.unpack_from(page)
+        beats, _, before, since, _, setup, work = _HEAD.unpack_from(page)
         if beats:
-            _keep(page, before, now - since)
+            _keep(page, before, now - since, work)
         # One store of the whole head: a reader meets the old or the new, and reads twice to be sure.
-        head = _HEAD.pack(beats + 1, _NO_STEP if step is None else step, index, now, time.process_time())
-        page[: _HEAD.size] = head
+        said = beats + 1, _NO_STEP if step is None else step, index, now, time.process_time(), setup, work
+        page[: _HEAD.size] = _HEAD.pack(*said)
+
+    def works(self, work: float, setup: int) -> None:
+        """The step that this phase belongs to is ``work`` (model FLOPs); no beat. ``setup``: a number that is the same
+        where equal work takes the same time: same configuration and layout."""
+        if self._page is not None:
+            *said, _, _ = _HEAD.unpack_from(self._page)
+            self._page[: _HEAD.size] = _HEAD.pack(*said, setup, work)
 
 
 class Pulse:
@@ -100,16 +112,17 @@ class Pulse:
         head = self._page[: _HEAD.size]
         while (again := self._page[: _HEAD.size]) != head:
             head = again
-        beats, step, phase, since, busy_s = _HEAD.unpack(head)
-        return Beat(beats, PHASES[phase], None if step == _NO_STEP else step, since, busy_s) if beats else None
+        beats, step, phase, *said = _HEAD.unpack(head)
+        return Beat(beats, PHASES[phase], None if step == _NO_STEP else step, *said) if beats else None
 
     def ended(self, phase: str) -> int:
         """How many phases of this kind have ended in this process."""
         return int(_COUNT.unpack_from(self._page, _offset(PHASES.index(phase)))[0])
 
-    def new_durations(self) -> dict[str, Sequence[float]]:
-        """Seconds that phases took which ended since this was asked last, the newest ``RING`` of each kind."""
-        found: dict[str, Sequence[float]] = {}
+    def new_durations(self) -> dict[str, Sequence[tuple[float, float]]]:
+        """Seconds that phases took which ended since this was asked last, and their work; the newest ``RING`` of each
+        kind."""
+        found: dict[str, Sequence[tuple[float, float]]] = {}
         for index, phase in enumerate(PHASES):
             at = _offset(index)
             count = int(_COUNT.unpack_from(self._page, at)[0])
@@ -117,8 +130,7 @@ class Pulse:
             if count > first:
                 ring = at + _COUNT.size
                 found[phase] = [
-                    _DURATION.unpack_from(self._page, ring + number % RING * _DURATION.size)[0]
-                    for number in range(first, count)
+                    _TOOK.unpack_from(self._page, ring + number % RING * _TOOK.size) for number in range(first, count)
                 ]
             self._seen[index] = count
         return found
@@ -131,8 +143,8 @@ def _offset(phase: int) -> int:
     return _HEAD.size + phase * _PHASE_BYTES
 
 
-def _keep(page: mmap.mmap, phase: int, seconds: float) -> None:
+def _keep(page: mmap.mmap, phase: int, seconds: float, work: float) -> None:
     at = _offset(phase)
     count = int(_COUNT.unpack_from(page, at)[0])
-    _DURATION.pack_into(page, at + _COUNT.size + count % RING * _DURATION.size, seconds)
+    _TOOK.pack_into(page, at + _COUNT.size + count % RING * _TOOK.size, seconds, work)
     _COUNT.pack_into(page, at, count + 1)

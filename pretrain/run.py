@@ -20,6 +20,7 @@ from parallel.planning.plan import ParallelPlan
 from pretrain.attempt import ExitClass, Fault, record_exit
 from pretrain.config import RunConfig, load
 from pretrain.data import validate_data
+from pretrain.diagnosis import DeviceError, device_error, device_fingerprint, lost_peer, no_memory
 from pretrain.forecast import Forecast, recorded
 from pretrain.guard import require_own_rooms
 from pretrain.heartbeat import Heartbeat
@@ -28,12 +29,6 @@ from stoker.errors import Refusal
 
 #: How long a collective may wait, for a rank that hangs. Over gloo a rank that is gone is noticed at once.
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
-
-
-#: What gloo and NCCL say when the other end of a connection is no longer there.
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-#: What torch and the allocators below it say when there is no memory, where they raise a plain RuntimeError.
-NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -122,6 +117,7 @@ def _attempt(config: RunConfig, world: World, start: Start | None, heartbeat: He
 
     attempt: Attempt | None = None
     number: int | None = None
+    usable = True
     try:
         _join(world, config)
         attempt, begun = _begin(config, world, start)
@@ -149,6 +145,7 @@ def _attempt(config: RunConfig, world: World, start: Start | None, heartbeat: He
         return ExitClass.REFUSED.code
     except BaseException as error:
         step = heartbeat.step
+        usable = _device_error(error) is None  # else every further call fails, or never returns
         if lost := _lost_peer(error):
             # Not the guilty one: that one says why itself, or was killed and the launcher says it.
             cause = f"another rank is gone ({lost})"
@@ -162,15 +159,17 @@ def _attempt(config: RunConfig, world: World, start: Start | None, heartbeat: He
         heartbeat.at("end")
         if attempt is not None:
             attempt.close()
-        if dist.is_initialized():
+        if dist.is_initialized() and usable:
             dist.destroy_process_group()
 
 
 def _lost_peer(error: BaseException) -> str | None:
     """The line of an error that says that another rank is gone; None where it says something else."""
-    if not isinstance(error, RuntimeError):
-        return None
-    return next((line for line in str(error).splitlines() if any(sign in line for sign in PEER_IS_GONE)), None)
+    return lost_peer(str(error)) if isinstance(error, RuntimeError) and _device_error(error) is None else None
+
+
+def _device_error(error: BaseException) -> DeviceError | None:
+    return device_error(str(error), getattr(error, "error_code", None)) if isinstance(error, RuntimeError) else None
 
 
 def _join(world: World, config: RunConfig) -> None:
@@ -231,7 +230,9 @@ def _blame(config: RunConfig, number: int | None, rank: int, error: BaseExceptio
         cause = str(error)
         rank = rank if error.rank is None else error.rank
         step = step if error.step is None else error.step
-    fingerprint = f"{kind}, rank {rank}, {type(error).__name__} at {_place(error)}, step {step}"
+    fingerprint: str | None = f"{kind}, rank {rank}, {type(error).__name__} at {_place(error)}, step {step}"
+    if device := _device_error(error):
+        fingerprint = device_fingerprint(device, rank, step)
     known = {"kind": kind, "step": step, "host": platform.node(), "fingerprint": fingerprint}
     _leave(config, number, ExitClass.FAULT, cause, rank, **known)
 
@@ -243,8 +244,10 @@ def _kind(error: BaseException) -> str:
 
     if isinstance(error, Fault):
         return error.kind
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory(str(error)):
         return "oom"
+    if _device_error(error):
+        return "device"
     return "store" if isinstance(error, dist.DistStoreError | dist.DistNetworkError) else "exception"
 
 

@@ -134,7 +134,7 @@ def prepare(root: Path) -> None:
         if not (root / STAMP).exists():  # the first file: without it the directory is not a run's
             write_atomic(root / STAMP, canonical.dumps({"format": formats.stamp(FORMAT, VERSION)}) + "\n")
         (root / ATTEMPTS).mkdir(exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise Refusal(f"run directory {root} cannot be made: {error}. Choose another run.dir or run.name") from None
 
 
@@ -224,7 +224,12 @@ def _entries(root: Path) -> list[str]:
 
 
 def _refuse_unwritable(root: Path) -> None:
-    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    except OSError as error:
+        raise Refusal(
+            f"run directory {root} cannot be made: {error.strerror}. Choose another run.dir or run.name"
+        ) from None
     if not existing.is_dir():
         raise Refusal(f"run directory {root} cannot be made: {existing} is a file. Choose another run.dir or run.name")
     if not os.access(existing, os.W_OK | os.X_OK):

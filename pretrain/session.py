@@ -35,6 +35,8 @@ from pretrain.kernel_check import used_kernels
 from pretrain.rundir import CHECKPOINTS, attempt_path
 from pretrain.sinks import Sinks, open_sinks
 from pretrain.trainer import Trainer, load_imbalance
+from pretrain.workload import workload_of
+from stoker import canonical
 from stoker.errors import Refusal
 
 #: Steps that are not compared with the prediction, while memory and caches fill; and how many are, at most.
@@ -96,6 +98,9 @@ class Session:
         self.preemption_asked = False
         self._clock = 0.0
         self._forecast = forecast
+        self._flops: dict[int, float] = {}
+        self._work = 0.0
+        self._setup = int(canonical.sha256([config.masked().resolved(), plan.to_dict()])[:15], 16)
         self._step_times: deque[float] = deque(maxlen=RECENT_STEPS)
         self._sinks: Sinks | None = None
 
@@ -201,11 +206,18 @@ class Session:
     def read(self, step: int) -> tuple[BatchPlan, Batch]:
         """The step's addresses, and this rank's part of its tokens."""
         self.heartbeat.at("read", step)
-        plan, batch = self.feed.read(step, self.trainer.part)
+        plan, batch = self.feed.read(step, self.trainer.part, self._planned)
         if self.feed.changes(step):
             self.trainer.health.spikes.forget()
         self.heartbeat.at("compute", step)
         return plan, batch
+
+    def _planned(self, plan: BatchPlan) -> None:
+        """What the step costs follows from the data log, which may say something else from any step on."""
+        if plan.seq_len not in self._flops:
+            self._flops[plan.seq_len] = workload_of(self.spec, plan.seq_len).training_flops
+        self._work = self._flops[plan.seq_len] * plan.global_batch * plan.seq_len
+        self.heartbeat.works(self._work, self._setup)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss by domain: nats per token, bits per byte."""
@@ -227,8 +239,9 @@ class Session:
         self.evaluator.spent_s = 0.0
         if self._sinks is None:
             return
-        self._step_times.append(elapsed)
-        mfu = None if self._forecast is None else self._forecast.mfu(elapsed)
+        if self._forecast is not None and self._work == self._forecast.model_flops:  # of the work that was predicted
+            self._step_times.append(elapsed)
+        mfu = None if self._forecast is None else self._forecast.mfu(elapsed, self._work)
         imbalance = load_imbalance(report.load)
         draws = {name: int((plan.source == index).sum()) for index, name in enumerate(self.feed.stream.sources)}
         self._sinks.step(

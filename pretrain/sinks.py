@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from pretrain.events import StepEvent
 from stoker.secrets import mask
 
 UNKNOWN = "unknown"
+#: Seconds that W&B may take at the end of a run to send what it has; and for its own limit, which is the same, to act.
+FINISH_S, MARGIN_S = 60.0, 5.0
 
 
 class Sink(Protocol):
@@ -151,7 +154,10 @@ class ConsoleSink:
 
 class WandbSink:
     """Weights & Biases: each attempt a W&B run, grouped by the run's name. Offline it needs no network and no account,
-    and nothing of the machine is collected. A failure is said once and ends the sink, never the run."""
+    and nothing of the machine is collected. A failure is said once and ends the sink, never the run.
+
+    Curves go over ``step``, a value of ours: W&B's own step only grows, and what a rewind does again would be dropped.
+    """
 
     def __init__(self, config: RunConfig, run_dir: Path, attempt: int, say: Callable[[str], None]) -> None:
         self._say = say
@@ -169,6 +175,8 @@ class WandbSink:
                 "x_disable_meta": True,
                 "x_disable_stats": True,
                 "init_timeout": 30.0,
+                "finish_timeout": FINISH_S,
+                "finish_timeout_raises": True,
             }
             self._run = wandb.init(
                 project=config.log.wandb_project,
@@ -179,28 +187,43 @@ class WandbSink:
                 config=config.masked().resolved(),
                 settings=wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields}),
             )
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
         except Exception as error:
             self._give_up(f"start ({mode})", error)
 
     def step(self, event: StepEvent) -> None:
         if self._run is None:
             return
-        values = {"loss": event.loss, "grad_norm": event.grad_norm, "lr": event.lr, "applied": int(event.applied)}
+        values = {"step": event.step, "loss": event.loss, "grad_norm": event.grad_norm, "lr": event.lr}
+        values |= {"applied": int(event.applied)}
         values |= {f"aux/{name}": value for name, value in event.aux.items()}
         values |= {f"draws/{name}": count for name, count in event.draws.items()}
         values |= {f"timing/{name}": value for name, value in vars(event.timing).items() if value is not None}
         try:
-            self._run.log(values, step=event.step)
+            self._run.log(values)
         except Exception as error:
             self._give_up(f"log step {event.step}", error)
 
     def close(self) -> None:
+        """Waits for what is under way, and no longer than a server that answers needs."""
         run, self._run = self._run, None
-        try:
-            if run is not None:
+        if run is None:
+            return
+        failed: list[Exception] = [TimeoutError(f"no answer for {FINISH_S:.0f} s; `wandb sync` sends what is kept")]
+
+        def finish() -> None:
+            try:
                 run.finish()
-        except Exception as error:
-            self._give_up("finish", error)
+                failed.clear()
+            except Exception as error:
+                failed[:] = [error]
+
+        waiting = threading.Thread(target=finish, name="wandb finish", daemon=True)
+        waiting.start()
+        waiting.join(FINISH_S + MARGIN_S)
+        if failed:
+            self._give_up("finish", failed[0])
 
     def _give_up(self, doing: str, error: Exception) -> None:
         self._run = None

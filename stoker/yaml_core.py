@@ -61,7 +61,7 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
         raise Refusal(f"{source} is not YAML: {where}{error.problem or error.context}") from None
-    except (yaml.YAMLError, Refusal) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         raise Refusal(f"{source}: {' '.join(str(error).split())}") from None
 
 

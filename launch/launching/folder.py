@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pretrain.rundir import ATTEMPTS, STAMP, prepare
 from stoker import formats
@@ -19,17 +21,23 @@ LAUNCHES = "launch"
 
 @dataclass(frozen=True)
 class Folder:
-    """``number``: of the launch, from 1. ``fresh``: there is no run directory yet."""
+    """``number``: of the launch, from 1. ``missing``: the run directory and folders above it that are not there yet."""
 
     run_dir: Path
     number: int
-    fresh: bool
+    missing: tuple[Path, ...]
 
     @classmethod
     def next(cls, run_dir: Path) -> Folder:
         """Where the next launch of a run would be; nothing is written."""
-        before = [int(path.name) for path in (run_dir / LAUNCHES).glob("*") if path.name.isdigit()]
-        return cls(run_dir, max(before, default=0) + 1, not run_dir.exists())
+        try:
+            before = [int(path.name) for path in (run_dir / LAUNCHES).glob("*") if path.name.isdecimal()]
+            missing = tuple(path for path in (run_dir, *run_dir.parents) if not path.exists())
+            return cls(run_dir, max(before, default=0) + 1, missing)
+        except OSError as error:
+            raise Refusal(
+                f"run directory {run_dir} cannot be made: {error.strerror}. Choose another run.dir or run.name"
+            ) from None
 
     @property
     def path(self) -> Path:
@@ -49,12 +57,21 @@ class Folder:
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):  # not empty: another launch was there before
             self.path.parent.rmdir()
-            if self.fresh:
+            if self.missing:
                 (self.run_dir / ATTEMPTS).rmdir()
                 (self.run_dir / STAMP).unlink()
-                self.run_dir.rmdir()
+                for path in self.missing:
+                    path.rmdir()
 
     def record(self, scheduler: str, job: str, argv: Sequence[str]) -> None:
         """What was submitted, in ``submission.json``."""
         content = {"format": formats.stamp("submission", 1), "scheduler": scheduler, "job": job, "argv": list(argv)}
-        write_atomic(self.path / "submission.json", json.dumps(content, indent=2) + "\n")
+        write_down(self.path / "submission.json", content, job)
+
+
+def write_down(path: Path, content: Mapping[str, Any], job: str) -> None:
+    """Write what was submitted as ``job``. A full disk costs the record, said on standard error, not the job."""
+    try:
+        write_atomic(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        print(f"job {job} is submitted, and {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.launching.layout import Request, fit
-from launch.launching.values import concealed, refuse_control
+from launch.launching.values import concealed, holds_secret, refuse_control, refuse_folder
 from parallel.planning.hardware.settings import LaunchSettings
 from parallel.planning.plan import ParallelPlan
 from parallel.planning.topology import HardwareTopology
 from pretrain.config import RunConfig
+from pretrain.config_base import leaves
 from stoker import formats
 from stoker.errors import Refusal
 
@@ -27,6 +28,8 @@ FORMAT, VERSION = "launch", 1
 JOB, CONFIG = "launch.json", "config.yaml"
 #: Ports that ranks and agents may meet on: below those that Linux gives out by itself (ip_local_port_range, 32768).
 PORTS = range(20_000, 30_000)
+#: Schedulers count in 32 bits (Kubernetes: activeDeadlineSeconds of a pod; Slurm: minutes).
+MOST_SECONDS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Job:
     where the node's own folder is it. ``segment``: training nodes of an NVLink domain, with ``segment_spares`` more;
     None where a domain is one node or no segment fits. ``ranks_per_numa``: ranks that share a NUMA node, None: not
     bound. ``environment``: of the ranks, where the node has not set it. ``hosts``: names of all nodes in order, where
-    they are known before the start (Kubernetes).
+    they are known before the start (Kubernetes). ``number``: of the launch of its run.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Job:
     checks: tuple[str, ...]
     plan: dict[str, Any]
     hosts: tuple[str, ...] = ()
+    number: int = 1
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.spares < 0 or self.ranks_per_node < 1:
@@ -175,6 +179,7 @@ class Prepared:
             checks=settings.checks,
             plan=self.plan.to_dict(),
             hosts=hosts,
+            number=number,
         )
 
 
@@ -182,7 +187,7 @@ def prepare(request: Request, announce: Callable[[str], None] = print) -> Prepar
     """What a request comes to: configuration, plan and settings. Raises Refusal with what is nearest where it does not
     fit; nothing is written."""
     config, plan, topology, settings = fit(request, announce)
-    refuse_control("run directory", str(config.run_dir))
+    _refuse_values(config)
     return Prepared(
         config=config,
         plan=plan,
@@ -192,6 +197,25 @@ def prepare(request: Request, announce: Callable[[str], None] = print) -> Prepar
         notes=settings.warnings,
         secrets=concealed(config),
     )
+
+
+def _refuse_values(config: RunConfig) -> None:
+    """Refuse what no scheduler takes, and secrets in values that stand in the job as they are."""
+    refuse_folder("run directory", config.run_dir)
+    launch, limit_min = config.launch, config.launch.time_limit_min or 0
+    for key, seconds in (("grace_s", launch.grace_s), ("time_limit_min", 60 * limit_min)):
+        if seconds > MOST_SECONDS:
+            raise Refusal(f"launch.{key}={getattr(launch, key):.15g}: no scheduler waits so long, lower it")
+    for key, value in (("run.name", config.run.name), ("run.dir", config.run.dir), *leaves(launch, "launch.")):
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str) or key == "launch.webhook":
+                continue
+            if holds_secret(text):
+                raise Refusal(
+                    f"{key} holds a secret, by its look or as a value of the environment (not shown here), and the job "
+                    "says it to everybody: leave it out"
+                )
+            refuse_control(key, text)
 
 
 def port(run_dir: Path, number: int) -> int:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from pretrain.config_sections import LaunchSection
 from stoker.errors import Refusal
 from stoker.yaml_core import dump_yaml
 
-#: Seconds for a question to the cluster, and for the answer to all manifests.
-ASK_S, APPLY_S = 15, 120
+#: Seconds for a question to the cluster, and for the answer to all manifests; kubectl itself has ``MORE_S`` more.
+ASK_S, APPLY_S, MORE_S = 15, 120, 5
+#: What a cluster says where a webhook of it cannot be tried (apiserver, webhook/errors/statuserror.go).
+NO_TRIAL = "does not support dry run"
 #: A name of Kubernetes: RFC 1123 subdomain.
 _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -35,6 +38,11 @@ class Submission:
     job: Job
     namespace: str
     manifests: list[Any]
+
+    @property
+    def name(self) -> str:
+        """Of the JobSet: the run's, as Kubernetes takes it."""
+        return str(self.manifests[-1]["metadata"]["name"])
 
     def show(self) -> str:
         """The manifests as YAML documents, as ``kubectl apply`` reads them."""
@@ -63,19 +71,67 @@ def submission(prepared: Prepared, secrets: Sequence[str] = ()) -> Submission:
 
 
 def submit(ready: Submission) -> None:
-    """Apply the manifests. Refuses without kubectl, where the cluster does not answer or has no JobSet, and where a
-    JobSet of this name is there: applying the same again would start nothing."""
+    """Apply the manifests. Refuses without kubectl, where the cluster does not answer, has no JobSet or would not take
+    one of them, and where a JobSet of this name is there: applying the same again would start nothing.
+
+    The server is asked to try all of them first, and keeps nothing of that; where it refuses one all the same, those
+    that this launch has made are deleted again."""
     if shutil.which("kubectl") is None:
         raise Refusal("kubectl is not on this machine: install it, or give --dry-run and apply what that prints")
-    name = ready.manifests[-1]["metadata"]["name"]
+    name, text = ready.name, ready.show()
     scope = ["kubectl", f"--namespace={ready.namespace}", f"--request-timeout={ASK_S}s"]
-    found = _kubectl([*scope, "get", "jobsets.jobset.x-k8s.io", name, "--ignore-not-found", "--output=name"], ASK_S)
-    if found.strip():
+    if _is_there(scope, name):
         raise Refusal(
             f"JobSet {name} is in namespace {ready.namespace} already: see to it that it has ended, then "
             f"kubectl --namespace={ready.namespace} delete jobset {name}"
         )
-    _kubectl([*scope, "apply", "--filename=-"], APPLY_S, ready.show())
+    trial = _run([*scope, "apply", "--dry-run=server", "--filename=-"], APPLY_S, text)
+    if trial is None:
+        raise Refusal(f"the cluster did not try the manifests in {APPLY_S} s: nothing was made")
+    if trial.returncode and NO_TRIAL not in trial.stderr:
+        raise Refusal(f"{_reason(trial)}; nothing was made")
+    done = _run([*scope, "apply", "--filename=-"], APPLY_S, text)
+    if done is None:
+        _require(scope, ready)
+    elif done.returncode:
+        raise Refusal(f"{_reason(done)}; {_take_back(scope, ready, done.stdout)}")
+
+
+def _is_there(scope: list[str], name: str) -> bool:
+    found = _run([*scope, "get", "jobsets.jobset.x-k8s.io", name, "--ignore-not-found", "--output=name"], ASK_S)
+    if found is None:
+        raise Refusal(f"the cluster did not answer in {ASK_S} s: nothing was made")
+    if found.returncode:
+        raise Refusal(f"{_reason(found)}; nothing was made")
+    return bool(found.stdout.strip())
+
+
+def _require(scope: list[str], ready: Submission) -> None:
+    """The JobSet is there, though nobody has said that it was made; refuses with how to look for it where it is not."""
+    with suppress(Refusal):
+        if _is_there(scope, ready.name):
+            return
+    kinds = ",".join(manifest["kind"].lower() for manifest in ready.manifests)
+    what = f"{kinds} --selector=app.kubernetes.io/instance={ready.name}"
+    raise Refusal(
+        f"kubectl did not answer in {APPLY_S} s. The job may be there all the same, now or later: "
+        f"`kubectl --namespace={ready.namespace} get {what}` shows it, and delete in place of get ends it"
+    )
+
+
+def _take_back(scope: list[str], ready: Submission, said: str) -> str:
+    """Delete what ``kubectl apply`` says that it has created, nothing else; returns what became of it, in words."""
+    made = [line.removesuffix(" created") for line in said.splitlines() if line.endswith(" created")]
+    if not made:
+        return "nothing was made"
+    gone = _run([*scope, "delete", "--ignore-not-found", "--wait=false", *made], ASK_S)
+    if gone is None or gone.returncode:
+        why = f"no answer in {ASK_S} s" if gone is None else one_line(gone.stderr)
+        return (
+            f"{', '.join(made)} of this launch could not be deleted again ({why}): "
+            f"kubectl --namespace={ready.namespace} delete {' '.join(made)}"
+        )
+    return f"{', '.join(made)} of this launch deleted again"
 
 
 def _refuse_section(launch: LaunchSection, prepared: Prepared) -> None:
@@ -107,14 +163,20 @@ def _secret(text: str) -> tuple[str, tuple[str, str]]:
     return variable, (name, key)
 
 
-def _kubectl(argv: list[str], limit_s: int, text: str | None = None) -> str:
+def _run(argv: list[str], limit_s: int, text: str | None = None) -> subprocess.CompletedProcess[str] | None:
+    """What a command of kubectl says; None where it does not answer."""
     try:
-        said = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=limit_s + 5, errors="replace")
+        return subprocess.run(
+            argv, input=text, capture_output=True, text=True, timeout=limit_s + MORE_S, errors="replace"
+        )
     except subprocess.TimeoutExpired:
-        raise Refusal(f"the cluster did not answer `{' '.join(argv[3:5])}` in {limit_s} s") from None
-    if said.returncode:
-        reason = one_line(said.stderr)
-        if "doesn't have a resource type" in reason or "no matches for kind" in reason:
-            reason += ": JobSet (and for NVLink domains NVIDIA's DRA driver) must be installed on the cluster"
-        raise Refusal(f"Kubernetes refuses: {reason}")
-    return said.stdout
+        return None
+    except OSError as error:
+        raise Refusal(f"kubectl cannot be run ({error.strerror}): nothing was made") from None
+
+
+def _reason(said: subprocess.CompletedProcess[str]) -> str:
+    reason = one_line(said.stderr)
+    if "doesn't have a resource type" in reason or "no matches for kind" in reason:
+        reason += ": JobSet (and for NVLink domains NVIDIA's DRA driver) must be installed on the cluster"
+    return f"Kubernetes refuses: {reason}"

@@ -16,8 +16,8 @@ from pretrain.config_sections import ParallelSection
 from pretrain.forecast import execution_of, workload_at
 from stoker.errors import Refusal
 
-#: A choice of ours: more is a slip of the keyboard.
-MOST_NODES = 65_536
+#: Nodes, and ranks of a node without devices. A choice of ours: more is a slip of the keyboard.
+MOST_NODES, MOST_RANKS = 65_536, 1024
 #: Numbers of nodes that are tried for a refusal's "nearest", at most.
 TRIES = 256
 
@@ -41,11 +41,18 @@ def fit(
     if not 1 <= request.nodes <= MOST_NODES:
         raise Refusal(f"--nodes {request.nodes}: give the number of nodes that train, 1 to {MOST_NODES}")
     config = load(request.config, request.overrides)
+    if config.launch.spare_nodes > MOST_NODES:
+        raise Refusal(f"launch.spare_nodes={config.launch.spare_nodes}: up to {MOST_NODES}")
+    if "://" in config.run.dir:
+        raise Refusal("run.dir is an address (not shown here), and must be a path on a file system that all nodes see")
     topology = _topology(request)
     plan = _plan(config, topology, request.nodes, announce)
     settings = launch_settings(place(plan, topology), execution_of(config))
     values = config.resolved()
-    values["run"]["dir"] = os.path.abspath(config.run.dir)
+    try:
+        values["run"]["dir"] = os.path.normpath(os.path.join(os.getcwd(), config.run.dir))
+    except OSError as error:
+        raise Refusal(f"this folder cannot be told ({error.strerror}): launch from another one") from None
     if config.parallel == "auto":
         # Decided once, here: nodes would each ask again, and another release might answer otherwise after a requeue.
         degrees = {name: getattr(plan, name) for name in ParallelSection.model_fields if name != "stages"}
@@ -62,8 +69,8 @@ def _topology(request: Request) -> HardwareTopology:
             f"--ranks-per-node: a node of {topology.name} runs {topology.domain.per_host} ranks, one for each device; "
             "leave it out"
         )
-    if ranks < 1:
-        raise Refusal(f"--ranks-per-node {ranks}: give one at least")
+    if not 1 <= ranks <= MOST_RANKS:
+        raise Refusal(f"--ranks-per-node {ranks}: give 1 to {MOST_RANKS}")
     return replace(topology, domain=replace(topology.domain, size=ranks, per_host=ranks, practice=(ranks,)))
 
 

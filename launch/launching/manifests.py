@@ -2,7 +2,7 @@
 
 A node of the job is a pod; an NVLink domain is one child Job of the JobSet, kept together by pod affinity on the label
 that NVIDIA's driver gives to the nodes of a domain. Field names are those of Kubernetes 1.33, JobSet v1alpha2
-(kubernetes-sigs/jobset v0.8, 2025) and ComputeDomain v1beta1 (NVIDIA k8s-dra-driver-gpu v25.3, 2025).
+(kubernetes-sigs/jobset v0.9, 2025) and ComputeDomain v1beta1 (NVIDIA k8s-dra-driver-gpu v25.3, 2025).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.launching.job import CONFIG, JOB, Job
 from launch.launching.values import refuse_image, split_mount
-from launch.launching.where import DOMAIN, START
+from launch.launching.where import DOMAIN, SET, START
 from parallel.planning.topology import HardwareTopology
 from pretrain.config_sections import LaunchSection
 
@@ -169,7 +169,7 @@ def _together(cluster: Cluster) -> dict[str, Any]:
 
 
 def _environment(cluster: Cluster) -> list[dict[str, Any]]:
-    """Which child Job a pod is of, which start of the set this is, and secrets by reference."""
+    """Which child Job of which set a pod is of, which start of the set this is, and secrets by reference."""
 
     def label(name: str) -> dict[str, Any]:
         return {"fieldRef": {"fieldPath": f"metadata.labels['{JOBSET}/{name}']"}}
@@ -177,6 +177,7 @@ def _environment(cluster: Cluster) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = [
         {"name": DOMAIN, "valueFrom": label("job-index")},
         {"name": START, "valueFrom": label("restart-attempt")},
+        {"name": SET, "valueFrom": label("jobset-uid")},
         {"name": "PYTHONUNBUFFERED", "value": "1"},
     ]
     for variable, (name, key) in cluster.secrets.items():

@@ -2,6 +2,10 @@
 
 Which node of the job is this? Are all fit to begin (preflight)? Then the agent runs the node's ranks. The exit code is
 the run's (DESIGN section 8); asked to end (SIGTERM, SIGUSR1) before ranks have begun, it is 4: nothing was lost.
+
+Started again (a pod that was moved, or lost), it joins its launch where that runs, returns its code where that has
+ended, and begins the next one where all have saved to be continued. A node that takes no part leaves; one that would
+then be started again, or count against the others, waits for their end.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 REFUSED, SAVED = 2, 4
 #: Seconds for all pods of a job to be there: some still pull the image.
 PULLING_S = 900.0
+#: Seconds between two looks of a node that takes no part at whether the launch has ended.
+LOOK_S = 5.0
 #: A scheduler's ways to ask for the end. SIGUSR1 would end a process that does not know it.
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -50,6 +58,7 @@ def run(path: str) -> int:
     from launch.launching.job import Job
     from launch.launching.values import SECRETS, overrides
     from launch.launching.where import where
+    from launch.supervise import outcome
     from pretrain.config import load
     from pretrain.guard import require_own_rooms
 
@@ -61,8 +70,17 @@ def run(path: str) -> int:
     config = load(arguments[0], arguments[1:])
     for name, value in job.environment.items():
         os.environ.setdefault(name, value)  # what the site has set for its nodes stands
-    good = _fit(config, job, here)
-    return 0 if good is None else _supervise(config, arguments, job, here, good)
+    while True:
+        launch = replace(here, start=outcome.generation(config.run_dir, here.start)) if here.comes_back else here
+        if (code := outcome.ended(config.run_dir, launch.start)) is not None:
+            print(f"{here.host}: launch {launch.start} has ended with {code}", file=sys.stderr, flush=True)
+            return code
+        if (good := _fit(config, job, launch)) is not None:
+            return _supervise(config, arguments, job, launch, good)
+        if not here.comes_back:
+            return 0
+        while outcome.ended(config.run_dir, launch.start) is None:
+            time.sleep(LOOK_S)
 
 
 def _nothing_to_save(number: int, frame: FrameType | None) -> None:
@@ -86,10 +104,11 @@ def _enter(job: Job) -> None:
 
 
 def _fit(config: RunConfig, job: Job, here: Where) -> tuple[str, ...] | None:
-    """Hosts that passed the preflight, in job order; the same on all of them. None where this one did not and the
-    others go on without it; refuses where they cannot."""
+    """Hosts that passed the preflight, in job order; the same on all of them. None where the others go on without this
+    one; refuses where they cannot."""
     from launch.preflight.run import preflight
-    from launch.preflight.shared import Launch
+    from launch.preflight.shared import Launch, goes_on
+    from stoker.errors import Refusal
 
     launch = Launch(
         id=here.start,
@@ -99,21 +118,32 @@ def _fit(config: RunConfig, job: Job, here: Where) -> tuple[str, ...] | None:
         port=job.port,
         segment=None if job.segment is None else job.segment + job.segment_spares,
         share_hosts=here.one_machine,
-        timeout_s=PULLING_S if job.hosts else Launch.timeout_s,  # pods start apart
+        timeout_s=PULLING_S if here.comes_back else Launch.timeout_s,  # pods start apart
+        quiet_s=PULLING_S if here.comes_back else Launch.quiet_s,
     )
-    report = preflight(config, job.ranks_per_node, launch if job.all_nodes > 1 else None)
+    try:
+        report = preflight(config, job.ranks_per_node, launch if job.all_nodes > 1 else None)
+    except Refusal as refusal:
+        if not (here.comes_back and goes_on(here.start, config.run_dir)):
+            raise
+        _say_aside(here, str(refusal))  # and no more: its exit code would end the others
+        return None
     verdict = report.verdict
     warnings = [str(finding) for finding in report.findings if finding.status == "warn"]
     if verdict is not None and here.index == 0:
         warnings += verdict.warnings
     for warning in warnings:
         print(f"{here.host}: {warning}", file=sys.stderr, flush=True)
-    if verdict is not None and verdict.trouble is None and here.host not in verdict.good:
-        reason = verdict.excluded.get(here.host, "it did not answer")
-        print(f"{here.host} takes no part, a spare does: {reason}", file=sys.stderr, flush=True)
+    if report.aside is not None:
+        _say_aside(here, report.aside)
         return None
     report.refuse()
     return here.hosts if verdict is None else verdict.good
+
+
+def _say_aside(here: Where, reason: str) -> None:
+    waits = ", and waits for the end of the launch" if here.comes_back else ""
+    print(f"{here.host} takes no part{waits}: {reason}", file=sys.stderr, flush=True)
 
 
 def _supervise(config: RunConfig, arguments: Sequence[str], job: Job, here: Where, good: Sequence[str]) -> int:

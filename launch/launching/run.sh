@@ -1,8 +1,11 @@
 #!/bin/bash
-# What Slurm runs: the command that follows this file's name on sbatch's command line, word for word. This file is the
-# same for every job. Slurm's notice before the time limit (SIGUSR1) is passed on to the command; where a command that
-# got it then ends with 4 (saved, to be continued) or by a signal (a node was lost, or saving took too long), the job is
-# queued again. Exit codes 0 to 3 mean that going on would not help: done, a fault that stays, refused, a verdict.
+# What Slurm runs: the command that follows this file's name and one word more on sbatch's command line, word for word.
+# This file is the same for every job. Slurm's notice before the time limit (SIGUSR1) is passed on to the command; where
+# a command that got it then ends with 4 (saved, to be continued) or by a signal (a node was lost, or saving took too
+# long), the job is queued again. Exit codes 0 to 3 mean that going on would not help: done, a fault that stays, refused,
+# a verdict. The word before the command begins the names of files in which launches say how they ended; - where none do.
+ended=$1
+shift
 notice=
 child=
 trap 'notice=1; [[ -n $child ]] && kill -s USR1 "$child" 2>/dev/null' USR1
@@ -19,6 +22,13 @@ while :; do
 done
 wait "$child" # which says its code again, where a signal's stood
 code=$?
+
+# Of a launch whose nodes agreed on its end that counts: srun's code is that of a lost node too, which a spare replaced.
+ended=$ended$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.ended
+if [[ $ended == /* && -r $ended ]]; then
+    read -r recorded <"$ended"
+    [[ $recorded == [0-4] ]] && code=$recorded
+fi
 
 if [[ -n $notice && $code -ge 4 ]]; then
     echo "ended with $code after the scheduler's notice: job $SLURM_JOB_ID is queued again"

@@ -11,15 +11,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from launch.launching.folder import Folder
+from launch.launching.folder import Folder, write_down
 from launch.launching.job import CONFIG, JOB, Job, Prepared
 from launch.launching.values import SECRETS, one_line, refuse_control, refuse_image, refuse_name, split_mount
+from launch.supervise import outcome
 from pretrain.config_sections import LaunchSection
 from pretrain.data import validate_data
 from pretrain.rundir import inspect
@@ -28,12 +30,22 @@ from stoker.errors import Refusal
 from stoker.files import write_atomic
 from stoker.nearest import nearest
 
-#: Seconds that Slurm's controller has to answer a question, and to take a job.
-ASK_S, SUBMIT_S = 15, 120
+#: Seconds that Slurm's controller has to answer a question, to take a job, and to show one that it may have taken.
+ASK_S, SUBMIT_S, LOOK_S = 15, 120, 30
+#: What sbatch says where its question may have arrived and only the answer was lost (slurm_errno.c, 22.05).
+UNCERTAIN = ("timed out", "Zero Bytes were transmitted or received", "Unexpected message received")
 #: sbatch --signal takes no more seconds (man sbatch, 22.05).
 MOST_SIGNAL_S = 65_535
 #: ``--segment`` and topology/block came with it (Slurm's release notes of 23.11).
 SEGMENT_SINCE = (23, 11)
+#: Starts the comment of every job of ours: what follows finds it again where sbatch did not say its number.
+MARK = "stoker "
+#: Of a comment: Slurm refuses more than 1,024 bytes (slurmctld/job_mgr.c, _test_strlen), four a character at most.
+LONGEST_MARK = 248
+
+
+class Unanswered(Refusal):
+    """Slurm may have taken the job all the same: what the job would need must stay."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,8 @@ def submission(prepared: Prepared, folder: Folder) -> Submission:
     if job.hosts:
         raise Refusal(f"{job.name}: Slurm chooses the hosts")
     launch = prepared.config.launch
-    argv = ["sbatch", "--parsable", *_scheduling(launch), f"--job-name={refuse_name('run.name', job.name)}"]
+    argv = ["sbatch", "--parsable", f"--comment={_mark(folder)}", *_scheduling(launch)]
+    argv += [f"--job-name={refuse_name('run.name', job.name)}"]
     argv += [f"--nodes={job.all_nodes}", "--ntasks-per-node=1", "--exclusive", "--mem=0"]
     if prepared.topology.device.vendor != "generic":
         argv.append(f"--gpus-per-node={job.ranks_per_node}")
@@ -81,14 +94,15 @@ def submission(prepared: Prepared, folder: Folder) -> Submission:
     if job.spares:
         argv.append("--no-kill")  # without it Slurm ends the job with its first lost node
     argv += [f"--chdir={refuse_control('folder', os.getcwd())}", f"--output={_pattern(folder.path / 'slurm-%j.log')}"]
-    argv += [str(script_path()), *_srun(job, launch)]
+    ended = Path(job.run_dir) / outcome.FOLDER / f"{job.number}-"
+    argv += [str(script_path()), str(ended), *_srun(job, launch)]
     argv += ["python3" if launch.container else sys.executable, "-m", "launch.launching.node", str(folder.path / JOB)]
     return Submission(argv, job, prepared.config.masked().to_yaml())
 
 
 def submit(prepared: Prepared, folder: Folder) -> str:
     """Give the job to Slurm and return its number. Whatever can be refused is refused before anything is written; where
-    Slurm itself refuses, what was written is removed."""
+    Slurm itself refuses, what was written is removed, and where it may have taken the job it stays (Unanswered)."""
     config = prepared.config
     if config.launch.container is None:
         validate_data(config)  # of a container's folders nothing is seen from here
@@ -101,10 +115,15 @@ def submit(prepared: Prepared, folder: Folder) -> str:
     try:
         write_atomic(folder.path / CONFIG, ready.config)
         write_atomic(folder.path / JOB, ready.job.to_json())
-        number = _sbatch(ready.argv, prepared.secrets)
+        number = _sbatch(ready.argv, _mark(folder), prepared.secrets)
+    except Unanswered as unanswered:
+        raise Refusal(f"{unanswered}. {folder.path} stays, which the job needs: remove it if there is none") from None
     except Refusal:
         folder.remove()
         raise
+    except OSError as error:
+        folder.remove()
+        raise Refusal(f"{folder.path} cannot be written ({error.strerror}): nothing was submitted") from None
     folder.record("slurm", number, ready.argv)
     return number
 
@@ -122,11 +141,35 @@ def submit_array(
     many cores and GPUs each; returns the job's number. What was asked for stands in ``array-<job>.json`` of the folder,
     what a task says in ``slurm-<job>_<index>.log``."""
     command = array_argv(argv, folder, indices, at_once, section, cpus, gpus)
+    mark = MARK + uuid.uuid4().hex
+    command.insert(2, f"--comment={mark}")
     require_slurm(section, 1)
-    number = _sbatch(command, {})
-    content = {"format": formats.stamp("array", 1), "job": number, "indices": list(indices), "argv": command}
-    write_atomic(folder / f"array-{number}.json", json.dumps(content, indent=2) + "\n")
+    content = {"format": formats.stamp("array", 1), "indices": list(indices), "argv": command, "mark": mark}
+    try:
+        number = _sbatch(command, mark, {})
+    except Unanswered:
+        name = mark.removeprefix(MARK)
+        write_down(folder / f"array-{name}.json", {**content, "job": None}, name)  # for those who look by the mark
+        raise
+    write_down(folder / f"array-{number}.json", {**content, "job": number}, number)
     return number
+
+
+def array_tasks(folder: Path) -> list[Task]:
+    """Tasks that Slurm still has of the folder's arrays; it is asked only where there is one."""
+    marks = {found["mark"] for path in folder.glob("array-*.json") if "mark" in (found := _read(path))}
+    return [task for task in _queue("nothing was changed") if task.mark in marks] if marks else []
+
+
+def stop_arrays(folder: Path) -> list[Task]:
+    """Take the waiting tasks of the folder's arrays out of the queue and ask the others to save; returns all of them.
+    A task that was asked before is asked again, which changes nothing."""
+    tasks = array_tasks(folder)
+    for job in dict.fromkeys(task.job for task in tasks):
+        _cancel(["scancel", "--state=PENDING", job])  # first, so that none begins where another one ends
+        if any(task.job == job and not task.waits for task in tasks):
+            _cancel(["scancel", "--full", "--signal=TERM", job])  # --full: the command runs in the batch step
+    return tasks
 
 
 def array_argv(
@@ -146,7 +189,21 @@ def array_argv(
     command = ["sbatch", "--parsable", *_scheduling(section), f"--array={ranges(indices)}%{at_once}"]
     command += ["--nodes=1", "--ntasks=1", f"--cpus-per-task={cpus}", *([f"--gpus={gpus}"] if gpus else [])]
     command += [f"--job-name={refuse_name('folder', folder.name)}", f"--chdir={refuse_control('folder', os.getcwd())}"]
-    return [*command, f"--output={_pattern(folder / 'slurm-%A_%a.log')}", str(script_path()), *argv]
+    return [*command, f"--output={_pattern(folder / 'slurm-%A_%a.log')}", str(script_path()), "-", *argv]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that Slurm has, or one task of an array (``index``); ``mark``: its comment."""
+
+    job: str
+    index: int | None
+    state: str
+    mark: str
+
+    @property
+    def waits(self) -> bool:
+        return self.state == "PENDING"
 
 
 def ranges(indices: Sequence[int]) -> str:
@@ -172,6 +229,8 @@ def require_slurm(section: LaunchSection, nodes: int) -> None:
     sizes: dict[str, int] = {}
     for line in _ask(["sinfo", "--noheader", "--format=%R|%D"]).splitlines():
         name, _, count = line.rpartition("|")
+        if not count.isdecimal():
+            raise Refusal(f"sinfo answers {line!r}, where a partition and its nodes should be; nothing was submitted")
         sizes[name] = sizes.get(name, 0) + int(count)  # a line for each state of a partition's nodes
     known = ", ".join(f"{name} ({count} nodes)" for name, count in sizes.items()) or "none"
     partition = section.partition
@@ -212,14 +271,14 @@ def _srun(job: Job, section: LaunchSection) -> list[str]:
         if section.mounts:
             raise Refusal("launch.mounts has folders, and launch.container names no image that would see them")
         return words
-    mounts = [split_mount(mount) for mount in section.mounts]
+    image, mounts = refuse_image(section.container), [split_mount(mount) for mount in section.mounts]
     run_dir = Path(job.run_dir)
     if not any(host == inside and not fixed and run_dir.is_relative_to(host) for host, inside, fixed in mounts):
         raise Refusal(
-            f"launch.mounts: the run directory {run_dir} must be seen at its own path in {section.container}, "
+            f"launch.mounts: the run directory {run_dir} must be seen at its own path in {image}, "
             f"writable: add {run_dir.parent}:{run_dir.parent}"
         )
-    words.append(f"--container-image={refuse_image(section.container)}")
+    words.append(f"--container-image={image}")
     return [*words, f"--container-mounts={','.join(section.mounts)}"]
 
 
@@ -240,26 +299,79 @@ def _require_segments() -> None:
         )
 
 
-def _ask(argv: list[str]) -> str:
+def _mark(folder: Folder) -> str:
+    """No two launches share a folder, so the mark of a launch is its own."""
+    return f"{MARK}{str(folder.path)[-LONGEST_MARK:]}"
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} is damaged ({error}): `squeue --me` shows what Slurm has, scancel ends it") from None
+    formats.require(found, "array", 1, path)
+    return dict(found)
+
+
+def _ask(argv: list[str], otherwise: str = "nothing was submitted") -> str:
+    """What a command of Slurm says; refuses where it fails, ``otherwise`` being what that means."""
     try:
         said = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_S, errors="replace")
     except subprocess.TimeoutExpired:
-        raise Refusal(f"Slurm's controller did not answer {argv[0]} in {ASK_S} s: nothing was submitted") from None
+        raise Refusal(f"Slurm's controller did not answer {argv[0]} in {ASK_S} s: {otherwise}") from None
     except OSError as error:
-        raise Refusal(f"{argv[0]} cannot be run ({error.strerror}): nothing was submitted") from None
+        raise Refusal(f"{argv[0]} cannot be run ({error.strerror}): {otherwise}") from None
     if said.returncode:
-        raise Refusal(f"Slurm does not answer: {one_line(said.stderr) or argv[0]}; nothing was submitted")
+        raise Refusal(f"Slurm does not answer: {one_line(said.stderr) or argv[0]}; {otherwise}")
     return said.stdout
 
 
-def _sbatch(argv: list[str], secrets: Any) -> str:
+def _queue(otherwise: str) -> Iterator[Task]:
+    """This user's jobs, the tasks of an array one by one, that have not ended."""
+    for line in _ask(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T|%k"], otherwise).splitlines():
+        job, index, state, mark = (line.split("|", 3) + [""] * 3)[:4]
+        yield Task(job, int(index) if index.isdecimal() else None, state, mark)
+
+
+def _cancel(argv: list[str]) -> None:
+    try:
+        _ask(argv, "give the command again")
+    except Refusal as refusal:
+        if "Invalid job id" not in str(refusal) and "already completing or completed" not in str(refusal):
+            raise  # else it has ended by itself meanwhile
+
+
+def _sbatch(argv: list[str], mark: str, secrets: Mapping[str, object]) -> str:
+    """The number of the job that Slurm has taken. Refuses where it has not, Unanswered where nobody knows."""
     environment = {**os.environ, **({SECRETS: json.dumps(dict(secrets))} if secrets else {})}
     try:
         said = subprocess.run(argv, capture_output=True, text=True, timeout=SUBMIT_S, errors="replace", env=environment)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(
-            f"sbatch did not answer in {SUBMIT_S} s: squeue --me tells whether the job is there"
-        ) from None
+        return _taken(mark, f"sbatch did not answer in {SUBMIT_S} s")
+    except OSError as error:
+        raise Refusal(f"sbatch cannot be run ({error.strerror}): nothing was submitted") from None
+    reason = one_line(said.stderr)
+    if said.returncode < 0 or (said.returncode and any(words in reason for words in UNCERTAIN)):
+        return _taken(mark, f"sbatch had no answer ({reason or f'signal {-said.returncode}'})")
     if said.returncode:
-        raise Refusal(f"Slurm refuses the job: {one_line(said.stderr)}; nothing was submitted")
-    return said.stdout.strip().partition(";")[0]
+        raise Refusal(f"Slurm refuses the job: {reason}; nothing was submitted")
+    number = re.search(r"^(\d+)(;.*)?$", said.stdout, re.MULTILINE)
+    return number[1] if number else _taken(mark, f"sbatch named no job ({one_line(said.stdout)!r})")
+
+
+def _taken(mark: str, what: str) -> str:
+    """The number of the job with this mark: a controller too busy to answer takes a job all the same."""
+    until = time.monotonic() + LOOK_S
+    while True:
+        try:
+            if found := next((task.job for task in _queue("") if task.mark == mark), None):
+                return found
+            seen = "squeue shows no such job"
+        except Refusal as refusal:
+            seen = str(refusal).rpartition(": ")[0] or str(refusal)
+        if time.monotonic() > until:
+            raise Unanswered(
+                f"{what}, and {seen}. The job may be there all the same, now or later: "
+                f"`squeue --me --format='%F %k'` shows it by the words {mark!r}, and scancel with its number ends it"
+            )
+        time.sleep(2)

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig
 from pretrain.config_base import leaves
 from stoker.errors import Refusal
+from stoker.secrets import SHORTEST, mask_values
 
 #: Configuration values that are masked wherever they are written reach the nodes in this variable, as JSON by key. Its
 #: name marks it as a secret for ``stoker.secrets``.
 SECRETS = "STOKER_CONFIG_SECRET"
 #: Names of accounts, partitions and queues.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]*")
+#: Of a path (PATH_MAX of linux/limits.h), and so of everything else that is given to a scheduler.
+MOST_CHARACTERS = 4096
+#: Bytes of the name of a file (NAME_MAX of linux/limits.h).
+LONGEST_NAME = 255
 
 
 def refuse_control(what: str, text: str) -> str:
-    """The text, refused where it holds a line break, another control character, or half of a character."""
+    """The text, refused where it is longer than any path, or holds a line break, another control character, or half of
+    a character."""
+    if len(text) > MOST_CHARACTERS:
+        raise Refusal(f"{what} {text[:40]!r}... has {len(text):,} characters, and {MOST_CHARACTERS:,} are the most")
     if wrong := next((sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")), None):
         raise Refusal(f"{what} {text!r} holds the control character {wrong!r}: remove it")
     return text
+
+
+def refuse_folder(what: str, path: Path) -> None:
+    """Refuse a path that no folder can have."""
+    refuse_control(what, str(path))
+    if long := next((part for part in path.parts if len(part.encode()) > LONGEST_NAME), None):
+        raise Refusal(f"{what}: {long[:40]!r}... has {len(long.encode())} bytes, and {LONGEST_NAME} are the most")
 
 
 def refuse_name(key: str, text: str) -> str:
@@ -32,6 +49,14 @@ def refuse_name(key: str, text: str) -> str:
     if not NAME.fullmatch(text):
         raise Refusal(f"{key}={text!r} is no name: letters, digits, dot, dash, underscore, @ and + are")
     return text
+
+
+def holds_secret(text: str) -> bool:
+    """The text shows a secret, by its look or as a value of the environment. A path to one does not
+    (GOOGLE_APPLICATION_CREDENTIALS), nor a name: ``/run/secrets:/run/secrets`` is a mount."""
+    for value in os.environ.values():
+        text = text.replace(value, "") if value.startswith("/") and len(value) >= SHORTEST else text
+    return mask_values(text) != text
 
 
 def refuse_image(text: str) -> str:

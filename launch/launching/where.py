@@ -12,7 +12,7 @@ from launch.launching.job import Job
 from stoker.errors import Refusal
 
 #: Set by the manifest from the labels that JobSet puts on a pod (docs/launch.md).
-DOMAIN, START = "STOKER_DOMAIN", "STOKER_START"
+DOMAIN, START, SET = "STOKER_DOMAIN", "STOKER_START", "STOKER_SET"
 #: Names in a node list, at most: a range such as n[1-999999999] is a damaged variable.
 MOST_HOSTS = 100_000
 
@@ -20,12 +20,15 @@ MOST_HOSTS = 100_000
 @dataclass(frozen=True)
 class Where:
     """``hosts``: every node of the job, spares too, in one order on all of them; this one is at ``index``.
-    ``addresses``: what the hosts are reached by. ``start``: names this start of the job, another after each requeue."""
+    ``addresses``: what the hosts are reached by. ``start``: names this start of the job and no other, nor the job after
+    it was queued again. ``comes_back``: a node program that has ended may be started again, under the same ``start``.
+    """
 
     index: int
     hosts: tuple[str, ...]
     addresses: tuple[str, ...]
     start: str
+    comes_back: bool = False
 
     @property
     def host(self) -> str:
@@ -41,7 +44,7 @@ def where(job: Job, environment: Mapping[str, str]) -> Where:
     """This node's place in the job. Refuses a process that neither Slurm nor a JobSet started, and a job that was given
     other nodes than it asked for."""
     if "SLURM_JOB_ID" in environment and "SLURM_NODEID" in environment:
-        found = _slurm(environment)
+        found = _slurm(job, environment)
     elif "JOB_COMPLETION_INDEX" in environment and job.hosts:
         found = _jobset(job, environment)
     elif job.all_nodes == 1:
@@ -89,10 +92,11 @@ def _expand(pattern: str) -> Iterator[str]:
                 yield f"{before}{number:0{len(first)}d}{end}"
 
 
-def _slurm(environment: Mapping[str, str]) -> Where:
+def _slurm(job: Job, environment: Mapping[str, str]) -> Where:
     listed = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     hosts = tuple(expand(listed))
-    start = f"{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT') or 0}"
+    # A cluster begins to count its jobs anew some day; a run never does with its launches.
+    start = f"{job.number}-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT') or 0}"
     return Where(int(environment["SLURM_NODEID"]), hosts, tuple(map(_address, hosts)), start)
 
 
@@ -116,4 +120,10 @@ def _address(host: str) -> str:
 def _jobset(job: Job, environment: Mapping[str, str]) -> Where:
     per_domain = job.all_nodes // job.domains
     index = int(environment.get(DOMAIN) or 0) * per_domain + int(environment["JOB_COMPLETION_INDEX"])
-    return Where(index, job.hosts, job.hosts, environment.get(START) or "0")
+    if not (uid := environment.get(SET)):
+        raise Refusal(
+            f"{SET} is not set: JobSet 0.9 and later put the label jobset.sigs.k8s.io/jobset-uid on a pod, which tells "
+            "this launch from others; install it, and apply the manifests of this release"
+        )
+    start = f"{uid}-{environment.get(START) or 0}"
+    return Where(index, job.hosts, job.hosts, start, comes_back=True)

@@ -58,12 +58,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings of one node, and the verdict where it is one of several. ``seconds``: what the preflight took."""
+    """All findings of one node, and the verdict where it is one of several. ``seconds``: what the preflight took.
+    ``aside``: why this node takes no part in a launch that goes on without it."""
 
     node: str
     findings: tuple[Finding, ...]
     seconds: float
     verdict: Verdict | None = None
+    aside: str | None = None
 
     @property
     def refused(self) -> tuple[Finding, ...]:

@@ -86,8 +86,8 @@ def preflight(config: RunConfig, ranks: int, launch: Launch | None = None) -> Re
         rates={name: rate for outcome in outcomes for name, rate in outcome.rates.items()},
         refused="; ".join(map(str, report.refused)) or None,
     )
-    verdict = exchange(launch, stated, config.run_dir)
-    return replace(report, verdict=verdict, seconds=time.monotonic() - began)
+    verdict, aside = exchange(launch, stated, config.run_dir)
+    return replace(report, verdict=verdict, aside=aside, seconds=time.monotonic() - began)
 
 
 def _host(config: RunConfig, need: Need, gpus: int) -> list[Finding]:

@@ -2,9 +2,12 @@
 
 Every node writes ``.preflight/<launch>/<node>.json``: a fresh random number, its clock, its facts. The leader (first of
 the job's nodes) reads them all, judges, and writes ``.verdict.json``, which everybody takes: one verdict, whatever a
-node saw itself. A node counts once it has repeated the leader's random number, and the verdict only if it holds the
-node's own: the path is one in both directions. Where the leader falls silent the next node judges; a link that fails if
-the name is there keeps the first verdict.
+node saw itself. A node counts once it has repeated the leader's random number: the path is one in both directions.
+Where the leader falls silent the next node judges; a link that fails if the name is there keeps the first verdict for
+as long as the launch lasts.
+
+A node that was started again finds a verdict that does not hold its random number. The launch goes on with it where the
+verdict counts on it, its own checks are good, and it has what the others have.
 
 Wall clocks are bounded by causality: a file is read after it was written. Only waiting goes by the monotonic clock.
 """
@@ -31,21 +34,24 @@ from stoker.errors import Refusal
 from stoker.files import write_atomic
 
 FORMAT, VERSION = "preflight-node", 1
-VERDICT_FORMAT, VERDICT = "preflight-verdict", ".verdict.json"
+VERDICT_FORMAT, VERDICT_VERSION, VERDICT = "preflight-verdict", 2, ".verdict.json"
 FOLDER = ".preflight"
 #: Launches of a run whose files are kept.
 KEPT = 8
+#: Stands for the nodes that go on, where one that comes late is compared with them.
+GOOD = "the others"
 #: Seconds between looks; without a new sign of a leader that was there, until it counts as gone (network file systems
-#: show changes late); and between two nodes that would take its place.
-LOOK_S, QUIET_S, TURN_S = 0.2, 10.0, 0.5
-#: What a node's file may hold at most.
-MAX_BYTES = 2**20
+#: show changes late); between two nodes that would take its place; and until another's verdict is seen that is there.
+LOOK_S, QUIET_S, TURN_S, SHOWN_S = 0.2, 10.0, 0.5, 60.0
+#: What a node's file and the verdict may hold at most.
+MAX_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a job on several nodes. ``id``: new for every start, a requeue included. ``node``: this one's name,
-    of ``nodes`` in the job's order, spares included; ``needed`` of them train. ``port``: on which the leader listens.
+    """One start of a job on several nodes. ``id``: that of no other start, a requeue included. ``node``: this one's
+    name, of ``nodes`` in the job's order, spares included; ``needed`` of them train. ``port``: on which the leader
+    listens. ``quiet_s``: seconds without a sign of the leader, until another judges.
 
     ``segment``: nodes in a row that lie in one NVLink domain. ``share_hosts``: nodes may be one host, as in tests.
     """
@@ -57,6 +63,7 @@ class Launch:
     port: int | None = None
     segment: int | None = None
     timeout_s: float = 60.0
+    quiet_s: float = QUIET_S
     share_hosts: bool = False
 
     def __post_init__(self) -> None:
@@ -88,24 +95,47 @@ class _Record:
     echo: tuple[str, float, float] | None = None
 
 
-def exchange(launch: Launch, facts: Facts, run_dir: Path, wall: Callable[[], float] = time.time) -> Verdict:
-    """Take part in the comparison, and return the one verdict of the launch.
+def exchange(
+    launch: Launch, facts: Facts, run_dir: Path, wall: Callable[[], float] = time.time
+) -> tuple[Verdict, str | None]:
+    """Take part in the comparison. Returns the one verdict of the launch, and why this node takes no part in a launch
+    that goes on; None where it does take part, and where the verdict stops all.
 
-    Raises Refusal where the folder cannot be written, and where no verdict that knows this node is there in time.
+    Raises Refusal where the folder cannot be used.
     """
     folder = run_dir / FOLDER / launch.id
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if launch.index == 0:
             _prune(folder.parent, launch.id)
-        return _Meeting(launch, facts, folder, wall).verdict()
+        return _Meeting(launch, facts, folder, wall).outcome()
     except OSError as error:
         why = error.strerror or error
         raise Refusal(f"{launch.node}: {folder} cannot be used: {why}. Choose another run.dir") from None
 
 
+def goes_on(launch: str, run_dir: Path) -> bool:
+    """Whether the nodes of a launch have come to a verdict with which they can go on."""
+    try:
+        value = json.loads((run_dir / FOLDER / launch / VERDICT).read_bytes())
+        return _verdict(value).trouble is None
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _verdict(value: Any) -> Verdict:
+    fields = value["verdict"]
+    return Verdict(
+        tuple(fields["good"]),
+        dict(fields["excluded"]),
+        int(fields["needed"]),
+        int(fields["total"]),
+        tuple(fields["warnings"]),
+    )
+
+
 def _prune(parent: Path, current: str) -> None:
-    """Remove the oldest launches' files; none is needed once its ranks have met."""
+    """Remove the oldest launches' files."""
     others = [path for path in parent.iterdir() if path.name != current and path.is_dir()]
     for path in sorted(others, key=lambda path: path.stat().st_mtime)[: 1 - KEPT]:
         shutil.rmtree(path, ignore_errors=True)
@@ -121,32 +151,30 @@ class _Meeting:
         self.offsets: dict[str, Offset] = {}
         self._tick: float | None = None
 
-    def verdict(self) -> Verdict:
+    def outcome(self) -> tuple[Verdict, str | None]:
         return self._lead() if self.launch.index == 0 else self._follow()
 
-    def _lead(self) -> Verdict:
+    def _lead(self) -> tuple[Verdict, str | None]:
         deadline = time.monotonic() + self.launch.timeout_s
-        while True:
+        while (standing := self._standing()) is None:
             self._write()  # its clock ticks
             if self._gather() or time.monotonic() > deadline:
                 return self._decide()
             time.sleep(LOOK_S)
+        return standing
 
-    def _follow(self) -> Verdict:
+    def _follow(self) -> tuple[Verdict, str | None]:
         turn = TURN_S * (self.launch.index - 1)
         deadline = time.monotonic() + self.launch.timeout_s + turn
         self._write()
-        while True:
-            if (known := self._read_verdict()) is not None:
-                return known
+        while (standing := self._standing()) is None:
             if self._hear_leader():
-                deadline = time.monotonic() + QUIET_S + turn
+                deadline = time.monotonic() + self.launch.quiet_s + turn
             if time.monotonic() > deadline:
-                if (without_me := self._read_verdict(unheard=True)) is not None:
-                    return without_me
                 self._gather()
                 return self._decide()
             time.sleep(LOOK_S)
+        return standing
 
     def _gather(self) -> bool:
         """Read what the others wrote. True once every node is there; the leader waits for their answers to it."""
@@ -168,18 +196,18 @@ class _Meeting:
         return len(self.found) == len(launch.nodes)
 
     def _hear_leader(self) -> bool:
-        """Whether the leader's clock has moved since the last look. When it first does, tell what was read and when;
-        value that stood there before may be as old as an earlier launch."""
+        """Whether the leader's clock has moved since the last look. When it first does, tell what was read and when: a
+        value that stood there before may be that of a leader which is gone, and has been started again."""
         leader = self._read(self.launch.nodes[0])
         if leader is None or leader.clock == self._tick:
             return False
         before, self._tick = self._tick, leader.clock
-        if before is not None and self.mine.echo is None:
+        if before is not None and (self.mine.echo is None or self.mine.echo[0] != leader.nonce):
             self.mine.echo = leader.nonce, leader.clock, self.wall()
             self._write()
         return True
 
-    def _decide(self) -> Verdict:
+    def _decide(self) -> tuple[Verdict, str | None]:
         launch = self.launch
         silence = (
             f"did not answer in {self.folder} within {launch.timeout_s:g} s: it is down, or run.dir is not one path "
@@ -189,48 +217,55 @@ class _Meeting:
         verdict = judge(launch.nodes, launch.needed, known, self.offsets, silence, launch.segment, launch.share_hosts)
         content = json.dumps(
             {
-                "format": formats.stamp(VERDICT_FORMAT, 1),
+                "format": formats.stamp(VERDICT_FORMAT, VERDICT_VERSION),
                 "by": launch.node,
                 "nonces": {node: record.nonce for node, record in self.found.items()},
+                "facts": known[verdict.good[0]].to_dict() if verdict.good else None,
                 "verdict": asdict(verdict),
             },
             indent=2,
         )
-        path = self.folder / VERDICT
         draft = self.folder / f".{launch.node}.{self.mine.nonce}.json"
         write_atomic(draft, content)
         try:
-            os.link(draft, path)
-        except FileExistsError:
-            # Of a node that was faster, or of an earlier launch that had this id.
-            if (standing := self._read_verdict()) is not None:
-                return standing
-            os.replace(draft, path)
+            with suppress(FileExistsError):  # of a node that was faster, and it stands
+                os.link(draft, self.folder / VERDICT)
         finally:
             draft.unlink(missing_ok=True)
-        return verdict
+        deadline = time.monotonic() + SHOWN_S
+        while (standing := self._standing()) is None:
+            if time.monotonic() > deadline:
+                raise Refusal(f"{launch.node}: {self.folder / VERDICT} is there, and is not seen after {SHOWN_S:g} s")
+            time.sleep(LOOK_S)
+        return standing
 
-    def _read_verdict(self, unheard: bool = False) -> Verdict | None:
-        """The verdict, if it knows this node by its random number; or, once there is no hope of another, if it was made
-        without this node. Before, that one may be of an earlier launch with this id."""
-        value = self._read_json(self.folder / VERDICT)
-        if value is None:
+    def _standing(self) -> tuple[Verdict, str | None] | None:
+        """The verdict, and why this node takes no part; None while there is none."""
+        node, path = self.launch.node, self.folder / VERDICT
+        try:
+            content = path.read_bytes()
+        except OSError:
             return None
         try:
-            formats.require(value, VERDICT_FORMAT, 1, self.folder / VERDICT)
-            nonces, fields = value["nonces"], value["verdict"]
-            verdict = Verdict(
-                tuple(fields["good"]),
-                dict(fields["excluded"]),
-                int(fields["needed"]),
-                int(fields["total"]),
-                tuple(fields["warnings"]),
-            )
-        except (KeyError, TypeError, ValueError):  # Refusal is a ValueError: a newer release's verdict is none of ours
-            return None
-        node = self.launch.node
-        without_me = node not in nonces and node in verdict.excluded
-        return verdict if nonces.get(node) == self.mine.nonce or (unheard and without_me) else None
+            value = json.loads(content)
+            formats.require(value, VERDICT_FORMAT, VERDICT_VERSION, path)
+            verdict = _verdict(value)
+            if verdict.trouble is not None:
+                return verdict, None
+            if node not in verdict.good:
+                return verdict, verdict.excluded[node]
+            if value["nonces"][node] == self.mine.nonce:
+                return verdict, None
+            return verdict, self._unlike(Facts.from_dict(value["facts"]))
+        except (KeyError, TypeError, ValueError) as error:  # Refusal is a ValueError
+            known = Verdict((), {}, self.launch.needed, len(self.launch.nodes))
+            return known, f"what the launch decided cannot be read ({error}): another release of Stoker?"
+
+    def _unlike(self, good: Facts) -> str | None:
+        """Why this node, which comes late, cannot be one with those that go on; ``good``: what one of them stated."""
+        nodes = GOOD, self.launch.node
+        verdict = judge(nodes, 1, {GOOD: good, self.launch.node: self.mine.facts}, {}, "", share_hosts=True)
+        return verdict.excluded.get(self.launch.node)
 
     def _write(self) -> None:
         self.mine.clock = self.wall()

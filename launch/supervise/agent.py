@@ -253,14 +253,17 @@ class Agent:
 
 
 @contextmanager
-def asked_to_end(agent: Agent) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGUSR1 ask the launch to end while the block runs; a second one ends it at once."""
+def asked_to_end(agent: Agent, insist: bool = True) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 ask the launch to end while the block runs; a second one ends it at once, unless not
+    to ``insist``: a scheduler tells twice."""
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if agent._asked and not insist:
+            return
         agent.ask_to_end()
         if agent._asked == 1:
-            again = f"{signal.Signals(number).name} again ends it at once"
-            text = f"asked to end: the ranks finish their step and save; {again}\n"
+            again = f"; {signal.Signals(number).name} again ends it at once" if insist else ""
+            text = f"asked to end: the ranks finish their step and save{again}\n"
             with suppress(OSError):
                 os.write(2, text.encode())
 

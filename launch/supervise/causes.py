@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.attempt import Exit, ExitClass, read_exit, settle_exit
+from pretrain.attempt import KINDS, Exit, ExitClass, read_exit, settle_exit
+from pretrain.diagnosis import device_error, device_fingerprint, lost_peer
 from pretrain.rundir import attempt_path
 from stoker.errors import Refusal
 
@@ -17,11 +18,6 @@ _log = logging.getLogger(__name__)
 
 #: Signals that a program brings on itself: the same one again at the same step is the same failure. Others are sent.
 OWN_SIGNALS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
-#: Kinds from the one that explains most to the one that is only a consequence.
-_TELLING = (
-    "refused", "verdict", "preempted", "done", "node", "oom", "mismatch", "stopped", "signal", "exception", "hang",
-    "slow", "store", "unknown",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,16 @@ DONE = Cause(ExitClass.DONE, "done", "")
 PREEMPTED = Cause(ExitClass.PREEMPTED, "preempted", "asked to end")
 
 
-def killed(rank: int, number: int, step: int | None, host: str, no_memory: bool) -> Cause:
-    """``rank`` was killed by signal ``number``; ``no_memory``: the kernel killed for memory meanwhile."""
+def killed(rank: int, number: int, step: int | None, host: str, no_memory: bool, last: str = "") -> Cause:
+    """``rank`` was killed by signal ``number``; ``no_memory``: the kernel killed for memory meanwhile; ``last``: lines
+    that it printed last, which tell why NCCL's watchdog aborted it: its device, or a peer that is gone."""
     name = signal.Signals(number).name
+    if number == signal.SIGABRT and "ProcessGroupNCCL" in last:
+        if (device := device_error(last)) is not None:
+            text, same = f"rank {rank} was aborted: {device.name}", device_fingerprint(device, rank, step)
+            return fault("device", text, rank=rank, step=step, host=host, fingerprint=same)
+        if (line := lost_peer(last)) is not None:
+            return fault("store", f"another rank is gone ({line})", step=step, host=host)
     if no_memory and number == signal.SIGKILL:
         text = f"rank {rank} was killed by the kernel: out of memory"
         return fault("oom", text, rank=rank, step=step, host=host, fingerprint=f"oom, rank {rank}, step {step}")
@@ -93,7 +96,7 @@ def most_telling(causes: Iterable[Cause]) -> Cause:
     ranks the one with the least beats, where equal the one that does not wait for others."""
 
     def rank(cause: Cause) -> tuple[Any, ...]:
-        kind = _TELLING.index(cause.kind)
+        kind = KINDS.index(cause.kind)
         consequence = cause.exit_class is ExitClass.FAULT and cause.rank is None and cause.kind in ("store", "unknown")
         beats = cause.beats if cause.beats is not None else float("inf")
         return consequence, kind, beats, cause.waiting

@@ -1,8 +1,11 @@
 """Which rank is stopped, and which hangs: judged from heartbeats, of which the agent reads every one.
 
 How long a phase may take is learnt from the run itself: three times the 99th percentile of what that phase took so
-far, and three seconds at least. No clock of the day is looked at, and time in which the agent itself got no processor
-does not count against a rank.
+far, and three seconds at least. Within a launch a step may become several times as long at once, where a segment of the
+data log has longer windows or more of them: what is learnt is learnt of steps of equal work, and where there were none
+yet, the time of others grows with the work. Evaluations and checkpoints are of one size. An attempt with another layout
+or configuration (the file was edited between two attempts) learns anew. No clock of the day is looked at, and time in
+which the agent itself got no processor does not count against a rank.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ STARTING_S, LONG_S, UNKNOWN_S = 600.0, 1800.0, 300.0
 STARTING = ("start", "load", "end")
 #: Phases that wait for disks that others use too, and the least seconds that are a hang in them.
 LONG, LEAST_LONG_S = ("save", "evaluate"), 60.0
-#: Durations of a phase that are remembered.
-REMEMBERED = 1024
+#: Phases that take the longer, the more work the step is.
+WORKING = ("read", "compute")
+#: Durations of a phase that are remembered of one amount of work, and how many amounts are.
+REMEMBERED, AMOUNTS = 1024, 8
 #: Looks in a row, and seconds between the first and the last, that find a process stopped.
 STOPPED_LOOKS, STOPPED_S = 2, 0.5
 #: Longest time between two looks that counts as silence: beyond it the agent itself was kept from running.
@@ -36,27 +41,47 @@ class Patience:
 
     def __init__(self, hang_s: float | None = None) -> None:
         self._hang_s = hang_s
-        self._seen: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._limits: dict[str, float] = {}
+        self._setup = 0
+        self._seen: dict[str, dict[float, deque[float]]] = defaultdict(dict)
+        self._usual: dict[str, dict[float, float]] = defaultdict(dict)
 
-    def learn(self, durations: Mapping[str, Iterable[float]]) -> None:
-        """Seconds that phases took, by phase."""
-        for phase, seconds in durations.items():
+    def learn(self, took: Mapping[str, Iterable[tuple[float, float]]], setup: int = 0) -> None:
+        """Seconds that phases took, each with its work, by phase; under another ``setup`` those before say nothing."""
+        if setup and setup != self._setup:
+            self._setup = setup
+            self._seen.clear()
+            self._usual.clear()
+        for phase, pairs in took.items():
             seen = self._seen[phase]
-            seen.extend(seconds)
-            if len(seen) >= KNOWN_AFTER:
-                least = LEAST_LONG_S if phase in LONG else LEAST_S
-                self._limits[phase] = max(least, TIMES * sorted(seen)[int(0.99 * (len(seen) - 1) + 0.5)])
+            for seconds, work in pairs:
+                key = work if phase in WORKING else 0.0
+                durations = seen.setdefault(key, deque(maxlen=REMEMBERED))
+                durations.append(seconds)
+                if len(seen) > AMOUNTS:
+                    del seen[min(seen.keys() - {key}, key=lambda work: len(seen[work]))]
+            self._usual[phase] = {
+                work: sorted(durations)[int(0.99 * (len(durations) - 1) + 0.5)]
+                for work, durations in seen.items()
+                if len(durations) >= KNOWN_AFTER
+            }
 
-    def limit(self, phase: str, ended: int) -> float:
-        """Seconds without a beat that are a hang in ``phase``, of which ``ended`` are over in this attempt."""
+    def limit(self, phase: str, ended: int, work: float = 0.0) -> float:
+        """Seconds without a beat that are a hang in ``phase`` of a step of ``work``, where ``ended`` phases of the kind
+        are over in this attempt."""
         if phase in STARTING:
             return STARTING_S
         if self._hang_s is not None:
             return self._hang_s
-        if (known := self._limits.get(phase)) is None:
+        key = work if phase in WORKING else 0.0
+        usual = self._usual[phase]
+        if not usual:
             return LONG_S if phase in LONG else UNKNOWN_S
-        return known if ended >= FIRST else max(known, FIRST_S)
+        if key in usual:
+            known = max(LEAST_LONG_S if phase in LONG else LEAST_S, TIMES * usual[key])
+            return known if ended >= FIRST else max(known, FIRST_S)
+        # Not less for less work: part of what a step takes does not shrink with it.
+        grown = [seconds * max(1.0, key / of if of else 1.0) for of, seconds in usual.items()]
+        return max(FIRST_S, TIMES * max(grown))
 
 
 @dataclass

@@ -34,13 +34,14 @@ SETTLE_S = 1.5
 #: Seconds between two writings of ``ranks.json``.
 STATES_S = 2.0
 #: Kinds of fault that may lie in the node.
-HARDWARE = ("node", "signal", "stopped", "hang", "mismatch")
+HARDWARE = ("node", "device", "signal", "stopped", "hang", "mismatch")
 
 
 @dataclass(frozen=True)
 class Facts:
     """What every node knows of the launch: ``hosts``, ``addresses`` and ``ports`` of all its nodes in one order,
-    ``roles`` of each, which of them passed the preflight, and how many ranks each runs."""
+    ``roles`` of each, which of them passed the preflight, and how many ranks each runs. ``launch``: its name, which no
+    other launch of the run has."""
 
     hosts: tuple[str, ...]
     addresses: tuple[str, ...]
@@ -52,6 +53,7 @@ class Facts:
     max_restarts: int
     grace_s: float
     token: bytes
+    launch: str = "launch"
     listeners: Sequence[Callable[[dict[str, Any]], None]] = ()
 
     @property
@@ -72,13 +74,15 @@ class Seat:
 @dataclass
 class Running:
     """An attempt under way: ``places`` -> nodes; of those that have ended why (None: they were told to) and the highest
-    step that they began; and what all were told of."""
+    step that they began; and what all were told of. ``confirmed``: nodes that have answered since the last rank ended;
+    None while ranks run."""
 
     attempt: int
     places: dict[int, int]
     ended: dict[int, tuple[Cause | None, int | None]] = field(default_factory=dict)
     noticed: Cause | None = None
     deadline: float | None = None
+    confirmed: set[int] | None = None
     state: str = "starting"
 
 
@@ -111,10 +115,13 @@ class Leader:
         """A node is there, with what it remembers of earlier leaders."""
         self.seats[index] = Seat(link, time.monotonic())
         self._since = time.monotonic()
-        if (told := message.get("memory")) and not self._begun:
+        if (told := message.get("memory")) and (not self._begun or int(told["attempt"]) > self._last_attempt):
+            self._begun, self._running = False, None  # or another has led since
             self._remember(told)
         if self.final is not None:
             link.send({"decision": self.final.to_dict()})
+        if self._running is not None and self._running.confirmed is not None:
+            link.send({"confirm": self._running.attempt})
 
     def leave(self, index: int, why: str) -> None:
         """A node is no longer there."""
@@ -149,6 +156,10 @@ class Leader:
                 self._running.state = states["state"]
         elif (found := message.get("found")) is not None:
             self._found(index, found)
+        elif (attempt := message.get("confirmed")) is not None:
+            running = self._running
+            if running is not None and running.attempt == attempt and running.confirmed is not None:
+                running.confirmed.add(index)
         elif "asked" in message:
             self._asked.add(index)
 
@@ -159,7 +170,8 @@ class Leader:
             if now - seat.heard > LOST_S:
                 self.leave(index, f"nothing was heard of it for {now - seat.heard:.1f} s")
         if not self.leads:
-            self._let_go()
+            if self.final is None:  # else the others have left, as they should, and some words are still under way
+                self._let_go()
             self._give_up_alone(now)
             return
         self._led_at = now
@@ -255,6 +267,10 @@ class Leader:
             text = f"node {self.facts.hosts[node]}, which led the launch or was cut off with it, was lost"
             found.append((causes.fault("node", text, host=self.facts.hosts[node]), None))
             self._tell("fault", attempt=self._last_attempt, node=self.facts.hosts[node], kind="node", text=text)
+        cut_off = [cause for cause, _ in found if cause is not None and cause.kind == "node"]
+        if cut_off and not gone:  # from a leader that ran no rank, which nobody has said yet
+            lost = cut_off[0]
+            self._tell("fault", attempt=self._last_attempt, node=lost.host, kind="node", text=str(lost))
         return self._judge(self._last_attempt, found).again
 
     def _begin(self, chosen: dict[int, int], attempt: int) -> None:
@@ -316,11 +332,20 @@ class Leader:
             for node in open_nodes:
                 self.leave(node, "its ranks did not end with the others'")
             open_nodes = []
-        if open_nodes:
+        if open_nodes or not self._confirmed(running):
             return
         self._running = None
         self._since = now
         self._judge(running.attempt, running.ended.values())
+
+    def _confirmed(self, running: Running) -> bool:
+        """Whether more than half of the nodes have heard this one since the attempt ended. One that nobody hears any
+        more loses the others one after the other, and must not blame the first."""
+        if running.confirmed is None:
+            running.confirmed = set()
+            for seat in self.seats.values():
+                seat.link.send({"confirm": running.attempt})
+        return len(running.confirmed & set(self.seats)) >= self.facts.majority
 
     def _judge(self, attempt: int, found: Iterable[tuple[Cause | None, int | None]]) -> Decision:
         found = list(found)
@@ -328,7 +353,10 @@ class Leader:
         cause = most_telling(cause for cause, _ in found if cause is not None)
         if cause.kind in HARDWARE and (node := self._node_of(cause)) is not None:
             self._faults[node] = self._faults.get(node, 0) + 1
-            if cause.fingerprint is not None and len(self.facts.good) > len(self._places):
+            spared = len(self.facts.good) > len(self._places)
+            if spared and cause.kind == "device":  # said by the device itself: once is enough
+                self._faults[node] = max(self._faults[node], TOO_MANY_FAULTS)
+            elif spared and cause.fingerprint is not None:
                 # It may be the node, and there is another: the same failure on that one is the program's own.
                 self._faults[node] = TOO_MANY_FAULTS
                 cause = replace(cause, fingerprint=f"{cause.fingerprint}, {self.facts.hosts[node]}")
@@ -349,6 +377,8 @@ class Leader:
 
     def _finish(self, decision: Decision) -> None:
         self.final = decision
+        if self.leads:  # a part of the launch that gives up says nothing for the rest
+            self._records.ended(self.facts.launch, decision.code)
         for seat in self.seats.values():
             seat.link.send({"decision": decision.to_dict()})
 

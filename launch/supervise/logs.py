@@ -74,7 +74,8 @@ class RankLog:
         text = str(mask(data.decode("utf-8", errors="replace")))
         lines = text.split("\n")
         if stream == "err":
-            self.last_errors.extend(line for line in lines if line.strip())
+            # Frames of C++ are many, and say less than the error before them.
+            self.last_errors.extend(line for line in lines if line.strip() and not line.startswith("frame #"))
         if self._shown[stream]:
             self._shown[stream] = _show(sys.stdout if stream == "out" else sys.stderr, text + "\n")
         if self._file is not None:

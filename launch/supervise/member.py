@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from launch.supervise.leader import BEAT_S, LOST_S, Facts, Leader
-from launch.supervise.wire import MAX_LINE, Broken, Link, accept, connect
+from launch.supervise.wire import Broken, Door, Link, connect
 from stoker.errors import Refusal
 
 #: Nodes at the head of the order that may lead.
@@ -26,8 +26,8 @@ CANDIDATES = 8
 ASK_S, ROUND_S, LOOK_S = 1.0, 0.2, 2.0
 #: Seconds between two turns of the leader; the process did not run where it took this much longer.
 TICK_S, STARVED_S = 0.05, 0.25
-#: Seconds for the last decision to reach the others.
-FAREWELL_S = 3.0
+#: Seconds for the last decision to reach the others, and for the last words of a node to reach the leader.
+FAREWELL_S, LAST_WORDS_S = 3.0, 2.0
 
 
 class Member:
@@ -50,6 +50,7 @@ class Member:
         self._memory: Mapping[str, Any] | None = None
         self._link: Link | None = None
         self._leader: Leader | None = None
+        self._door = Door(facts.token, self._visited)
         self._error: BaseException | None = None
         self._closing = False
         self._runner = asyncio.Runner()
@@ -77,10 +78,20 @@ class Member:
         if self._error is not None:
             raise self._error
 
+    @property
+    def heads(self) -> bool:
+        """Whether this node leads, or would if enough others joined it."""
+        return self._leader is not None
+
     def close(self) -> None:
-        """Leave the launch. A leader first waits, a few seconds at most, until the others have heard the decision."""
-        self._closing = True
-        self._thread.join(FAREWELL_S + 2)
+        """Leave the launch; what was said before reaches the leader, unless that takes too long. A leader first waits,
+        a few seconds at most, until the others have heard the decision."""
+
+        def end() -> None:
+            self._closing = True
+
+        self._call(end)  # after all that was said
+        self._thread.join(LAST_WORDS_S + FAREWELL_S + 2)
 
     def _call(self, function: Any, *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed
@@ -102,11 +113,11 @@ class Member:
                 self.changed.notify_all()
 
     async def _main(self) -> None:
-        facts, server = self._facts, None
+        facts = self._facts
         if self._index in self._candidates:
             address, port = facts.addresses[self._index], facts.ports[self._index]
             try:
-                server = await asyncio.start_server(self._visited, listening_address(address), port, limit=MAX_LINE)
+                await self._door.open(listening_address(address), port)
             except OSError as error:
                 raise Refusal(
                     f"{facts.hosts[self._index]} cannot listen at {address}:{port}, where agents meet: {error.strerror}"
@@ -123,8 +134,7 @@ class Member:
             turns.cancel()
             if self._leader is not None:
                 await self._part(self._leader)
-            if server is not None:
-                server.close()
+            self._door.close()
 
     def _turns_ended(self, turns: asyncio.Future[None]) -> None:
         if not turns.cancelled():
@@ -203,8 +213,11 @@ class Member:
                     if await self._find() != self._index:
                         break
         finally:
-            listening.cancel()
             self._link = None
+            if self._closing and not listening.done():
+                link.end()
+                await asyncio.wait([listening], timeout=LAST_WORDS_S)  # until all is read there
+            listening.cancel()
             link.close()
             with self.changed:
                 if self.connected:
@@ -217,6 +230,8 @@ class Member:
             while True:
                 message = await link.receive()
                 heard[0] = time.monotonic()
+                if "confirm" in message:
+                    link.send({"confirmed": message["confirm"]})
                 if "memory" in message:
                     self._memory = message["memory"]
                 with self.changed:
@@ -232,12 +247,8 @@ class Member:
                             self._ready = {**self._ready, "cause": None}
                     self.changed.notify_all()
 
-    async def _visited(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _visited(self, link: Link) -> None:
         """Another node asks who leads, or joins."""
-        try:
-            link = await accept(reader, writer, self._facts.token)
-        except Broken:
-            return
         try:
             async with asyncio.timeout(ASK_S):
                 message = await link.receive()
@@ -294,7 +305,13 @@ class Member:
 
 
 def listening_address(address: str) -> str:
-    """Where a node that is reached by ``address`` listens: there; on every interface where its own name stands for
-    loopback, as many a distribution sets it, and others know it by another number."""
-    found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]
+    """Where a node that is reached by ``address`` listens: there. On every interface where its own name does not
+    resolve yet, where it is still that of a pod which was here before, and where it stands for loopback, as many a
+    distribution sets it: others know it by another number."""
+    try:
+        family, kind, _, _, (found, *_) = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind((found, 0))
+    except OSError:
+        return ""
     return "" if str(found).startswith("127.") and not address.startswith("127.") else address

@@ -8,10 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.supervise import causes
+from launch.supervise import causes, outcome
 from launch.supervise.causes import Cause
 from launch.supervise.journal import RankState
 from launch.supervise.leader import CONCLUDE_S, Facts
@@ -19,6 +18,7 @@ from launch.supervise.member import Member
 from launch.supervise.node import Assembly, reserved_port
 from launch.supervise.policy import Decision
 from launch.supervise.wire import shared_token
+from pretrain.attempt import Exit, ExitClass
 
 if TYPE_CHECKING:
     from launch.launching.job import Job
@@ -30,6 +30,8 @@ APART_S, DECISION_S = 660.0, 300.0
 #: Seconds to stay where nobody is connected and the launch was asked to end.
 ALONE_S = 3.0
 POLL_S = 0.05
+#: Seconds between two looks of a node that waits, and is led by no other, at whether the launch has ended.
+LOOK_S = 2.0
 
 
 def several(config: RunConfig, job: Job, here: Where, good: Sequence[str]) -> Several:
@@ -47,7 +49,8 @@ def several(config: RunConfig, job: Job, here: Where, good: Sequence[str]) -> Se
         run_dir=config.run_dir,
         max_restarts=config.launch.max_restarts,
         grace_s=config.launch.grace_s,
-        token=shared_token(Path(config.run_dir) / ".launch" / f"{here.start}.token"),
+        token=shared_token(outcome.token_path(config.run_dir, here.start)),
+        launch=here.start,
         listeners=listeners(config),
     )
     return Several(facts, here.index)
@@ -69,7 +72,7 @@ class Several:
     def meet(self, asked: Callable[[], bool]) -> Assembly | Decision:
         self._release()
         address = self._facts.addresses[self._index]
-        self._port = reserved_port(address)
+        self._port = reserved_port(address if address.startswith("127.") else "")  # its name may not resolve yet
         ready: dict[str, Any] = {
             "port": self._port.getsockname()[1],
             "attempt": self._attempt,
@@ -84,6 +87,7 @@ class Several:
         member.wait_for_attempt(ready)
         apart_since: float | None = None
         asked_at: float | None = None
+        look_at = time.monotonic()
         while True:
             member.check()
             with member.changed:
@@ -96,6 +100,10 @@ class Several:
                 self._losses, self._attempt, self._noticed = losses, int(assembly["attempt"]), None
                 return Assembly(**{**assembly, "master": tuple(assembly["master"])})
             now = time.monotonic()
+            if now >= look_at and (not connected or member.heads):
+                look_at = now + LOOK_S
+                if (over := self._over()) is not None:
+                    return over
             apart_since = None if connected else apart_since or now
             if apart_since is not None and now - apart_since > APART_S:
                 text = f"{self.host} was connected to no node that leads for {APART_S:.0f} s"
@@ -107,6 +115,18 @@ class Several:
             patience = self._facts.grace_s + CONCLUDE_S if connected else ALONE_S
             if asked_at is not None and now - asked_at > patience:
                 return Decision(False, causes.PREEMPTED, "asked to end")
+
+    def _over(self) -> Decision | None:
+        """How the launch has ended, where this node was not there when it did."""
+        facts = self._facts
+        code = outcome.ended(facts.run_dir, facts.launch)
+        if code is None:
+            return None
+        outcome.token_path(facts.run_dir, facts.launch).unlink(missing_ok=True)  # made again as this node came
+        text = f"{self.host}: launch {facts.launch} has ended with {code}"
+        print(text, file=sys.stderr, flush=True)
+        (ended,) = (Exit(each, text, None) for each in ExitClass if each.code == code)
+        return Decision(False, Cause(ended.exit_class, ended.kind, text), text)
 
     def notice(self) -> Cause | None:
         member = self._member

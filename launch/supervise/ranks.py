@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.supervise import causes, logs, stacks
 from launch.supervise.causes import Cause
-from launch.supervise.heartbeats import Hanging, Patience, Silence, Standstill, guilty
+from launch.supervise.heartbeats import STARTING_S, Hanging, Patience, Silence, Standstill, guilty
 from launch.supervise.journal import RankState
 from launch.supervise.node import Assembly
 from launch.supervise.processes import Worker, oom_kills
@@ -72,13 +72,17 @@ class Ranks:
                 self._selector.unregister(key.fd)
                 code = self.workers[rank].exit_code
                 assert code is not None
+                self._take(rank, "err", self.workers[rank].err)  # why it ended
                 self._first_end = self._first_end or time.monotonic()
                 self._ended[rank] = code
             else:
-                data, more = logs.drain(key.fd)
-                self._logs[rank].take(what, data)
-                if not more:
-                    self._selector.unregister(key.fd)
+                self._take(rank, what, key.fd)
+
+    def _take(self, rank: int, what: logs.Stream, descriptor: int) -> None:
+        data, more = logs.drain(descriptor)
+        self._logs[rank].take(what, data)
+        if not more and descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
 
     @property
     def done_step(self) -> bool:
@@ -153,8 +157,8 @@ class Ranks:
     def _how_ended(self) -> Cause | None:
         """What follows from exit codes and what ranks have written into ``exit.json``."""
         for rank, code in self._ended.items():  # in the order in which they ended
-            if code < 0:
-                return causes.killed(rank, -code, self._step_of(rank), self._host, oom_kills() > self._oom_kills)
+            if code < 0 and (cause := self._killed(rank, code)).rank is not None:
+                return cause
         waited = time.monotonic() - self._first_end
         said = causes.said(self._run_dir, self._met.attempt)
         failed = {rank: code for rank, code in self._ended.items() if code}
@@ -171,13 +175,19 @@ class Ranks:
             return unexplained if said is None else causes.most_telling([unexplained, said])
         return None
 
+    def _killed(self, rank: int, code: int) -> Cause:
+        last = "\n".join(self._logs[rank].last_errors)
+        return causes.killed(rank, -code, self._step_of(rank), self._host, oom_kills() > self._oom_kills, last)
+
     def _unexplained(self, failed: Mapping[int, int]) -> Cause:
         """Of ranks that ended with a code and wrote nothing down: what they printed last; a refusal one rank says."""
         found: list[Cause] = []
         for rank, code in failed.items():
             last = self._logs[rank].last_errors[-1] if self._logs[rank].last_errors else ""
             step = self._step_of(rank)
-            if code == ExitClass.REFUSED.code:
+            if code < 0:
+                found.append(self._killed(rank, code))
+            elif code == ExitClass.REFUSED.code:
                 refusal = Cause(
                     ExitClass.REFUSED, "refused", last.removeprefix("refused: ") or "refused", host=self._host
                 )
@@ -206,16 +216,23 @@ class Ranks:
         standing = []
         for rank, worker in alive.items():
             beat = worker.beat
+            if beat and beat.phase == "end" and now - beat.since > TELL_S and (said := self._failed()) is not None:
+                return said  # its process does not end: a device that failed may hold it for ever
             ended = worker.pulse.ended(beat.phase) if beat else 0
-            limit = self._patience.limit(beat.phase if beat else "start", ended)
+            limit = self._patience.limit(beat.phase, ended, beat.work) if beat else STARTING_S
             standing.append(Hanging(rank, beat, self._silences[rank].look(beat, elapsed), limit))
         self._standing = standing or self._standing
         return self.hanging() if any(rank.silent_s > rank.limit_s for rank in standing) else None
 
+    def _failed(self) -> Cause | None:
+        """The fault that a rank has blamed itself for; None while none has."""
+        said = causes.said(self._run_dir, self._met.attempt)
+        return said if said and said.exit_class is ExitClass.FAULT and said.rank is not None else None
+
     def _progress(self) -> None:
         for worker in self.workers.values():
-            self._patience.learn(worker.pulse.new_durations())
             beat = worker.beat
+            self._patience.learn(worker.pulse.new_durations(), beat.setup if beat else 0)
             if beat is not None and beat.step is not None:
                 self.step = beat.step if self.step is None else max(self.step, beat.step)
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from launch.supervise import outcome
 from launch.supervise.causes import Cause, record
 from launch.supervise.journal import Journal, RankState
 from pretrain.rundir import attempts
@@ -41,6 +42,9 @@ class Records:
 
     def record(self, attempt: int, cause: Cause) -> None:
         self._thread.submit(record, self._run_dir, attempt, cause)
+
+    def ended(self, launch: str, code: int) -> None:
+        self._thread.submit(outcome.record, self._run_dir, launch, code)
 
     def ranks(self, attempt: int, state: str, ranks: Sequence[RankState]) -> None:
         """Where ranks stand; left out while an earlier one is still being written."""

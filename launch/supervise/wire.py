@@ -1,20 +1,23 @@
 """Messages between the agents of a launch: JSON objects, a line each, that nobody without its token can make.
 
-A connection begins with a random number of each side, from which and the token its key follows. Every line carries a
-MAC (HMAC-SHA256) over direction, number and text, so that none can be made, changed, repeated or left out by others;
+A connection begins with a random number of each side, from which and the token its key follows, and with a proof of
+each that it has the key: until then 98 bytes are taken from it, for two seconds, and of few at once. Every line carries
+a MAC (HMAC-SHA256) over direction, number and text, so that none can be made, changed, repeated or left out by others;
 that they may read it is no secret kept from the job's own network.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import hmac
 import json
 import os
 import secrets
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,11 @@ from stoker.errors import Refusal
 #: Bytes of a line, at most: an assembly of 10,000 nodes' states is the longest.
 MAX_LINE = 16 * 2**20
 NONCE_BYTES, TOKEN_BYTES = 16, 32
-#: Seconds for the other side to say its number, and for the token of a launch to be written.
+#: Seconds for the other side to prove itself, and for the token of a launch to be written.
 HELLO_S, TOKEN_S = 2.0, 30.0
+#: Connections at once that have not proven themselves. The next waits in the kernel, where ``BACKLOG`` may, until one
+#: has, or the oldest has been there for ``QUICK_S`` and goes: those of a launch take milliseconds.
+MOST_UNPROVEN, QUICK_S, BACKLOG = 64, 0.5, 4096
 
 
 class Broken(ConnectionError):
@@ -33,12 +39,12 @@ class Broken(ConnectionError):
 
 
 class Link:
-    """One end of a connection. ``send`` never waits; ``receive`` raises Broken when no more will come."""
+    """One end of a proven connection. ``send`` never waits; ``receive`` raises Broken when no more will come."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes, accepted: bool) -> None:
         self._reader, self._writer, self._key = reader, writer, key
         self._out, self._in = (b"a", b"c") if accepted else (b"c", b"a")
-        self._sent = self._received = 0
+        self._sent = self._received = 1  # 0 is the proof
 
     def send(self, message: Mapping[str, Any]) -> None:
         text = json.dumps(message, separators=(",", ":")).encode()
@@ -63,6 +69,11 @@ class Link:
         except OSError as error:
             raise Broken(str(error)) from None
 
+    def end(self) -> None:
+        """Say that no more will be sent; the other side still reads what was."""
+        with suppress(OSError, RuntimeError):
+            self._writer.write_eof()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -77,29 +88,102 @@ async def connect(address: str, port: int, token: bytes, timeout_s: float) -> Li
         raise Broken(str(error)) from None
 
 
-async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> Link:
-    """The other end of ``connect``. Raises Broken where what connects says nothing that is expected."""
-    try:
-        async with asyncio.timeout(HELLO_S):
-            return await _greet(reader, writer, token, accepted=True)
-    except (OSError, TimeoutError) as error:
-        writer.close()
-        raise Broken(str(error)) from None
+class Door:
+    """Where others connect: whoever proves to have ``token`` is handed to ``visited``. ``open`` in an event loop."""
+
+    def __init__(self, token: bytes, visited: Callable[[Link], Coroutine[Any, Any, None]]) -> None:
+        self._token, self._visited = token, visited
+        self._listening: list[asyncio.Task[None]] = []
+        self._unproven: dict[asyncio.Task[None], float] = {}
+        self._proven: set[asyncio.Task[None]] = set()  # an event loop itself does not hold its tasks
+
+    async def open(self, address: str, port: int) -> None:
+        """Listen at ``address``, where it is empty on every interface. Raises OSError."""
+        loop, passive = asyncio.get_running_loop(), socket.AI_PASSIVE
+        found = await loop.getaddrinfo(address or None, port, type=socket.SOCK_STREAM, flags=passive)
+        for number, (family, _, _, _, where) in enumerate(found, 1):
+            try:
+                listening = socket.create_server(where, family=family, backlog=BACKLOG)
+            except OSError as error:
+                without = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # a host without IPv6, say
+                if without and (self._listening or number < len(found)):
+                    continue
+                self.close()
+                raise
+            listening.setblocking(False)
+            self._listening.append(asyncio.ensure_future(self._let_in(listening)))
+
+    def close(self) -> None:
+        """Listen no more; who is in stays."""
+        for task in (*self._listening, *self._unproven):
+            task.cancel()
+
+    async def _let_in(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listening:
+            while True:
+                while len(self._unproven) >= MOST_UNPROVEN:
+                    oldest, since = next(iter(self._unproven.items()))
+                    if loop.time() - since > QUICK_S:
+                        del self._unproven[oldest]
+                        oldest.cancel()
+                    else:
+                        await asyncio.sleep(QUICK_S / 100)
+                try:
+                    accepted, _ = await loop.sock_accept(listening)
+                except OSError:  # too many open files, or it has hung up already
+                    await asyncio.sleep(QUICK_S)
+                    continue
+                self._unproven[asyncio.ensure_future(self._meet(accepted))] = loop.time()
+
+    async def _meet(self, accepted: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            async with asyncio.timeout(HELLO_S):
+                reader, writer = await asyncio.open_connection(sock=accepted, limit=MAX_LINE)
+                link = await _greet(reader, writer, self._token, accepted=True)
+        except (OSError, TimeoutError):
+            return
+        finally:
+            self._unproven.pop(task, None)
+        visit = asyncio.ensure_future(self._visited(link))
+        self._proven.add(visit)
+        visit.add_done_callback(self._proven.discard)
 
 
 async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes, accepted: bool) -> Link:
-    mine = secrets.token_bytes(NONCE_BYTES)
+    """Each side says a number, and proves that it has the key that follows from both, who connects first. As much is
+    read and no more."""
     try:
-        writer.write(mine.hex().encode() + b"\n")
-        theirs = await _line(reader)
-        if len(theirs) != 2 * NONCE_BYTES:
-            raise Broken("no agent of a launch")
+        mine = secrets.token_bytes(NONCE_BYTES).hex().encode()
+        writer.write(mine + b"\n")
+        theirs = await _exactly(reader, len(mine))
+        both = theirs + mine if accepted else mine + theirs
+        key = hmac.digest(token, both, hashlib.sha256)
+        out, incoming = (b"a", b"c") if accepted else (b"c", b"a")
+        proof, expected = _mac(key, out, 0, b""), _mac(key, incoming, 0, b"")
+        if not accepted:
+            writer.write(proof + b"\n")
+        if not hmac.compare_digest(await _exactly(reader, len(expected)), expected):
+            raise Broken("no agent of this launch")
+        if accepted:
+            writer.write(proof + b"\n")
+        return Link(reader, writer, key, accepted)
     except BaseException:
-        writer.close()
+        writer.transport.abort()  # what it has not taken is not waited for
         raise
-    own = mine.hex().encode()
-    both = theirs + own if accepted else own + theirs
-    return Link(reader, writer, hmac.digest(token, both, hashlib.sha256), accepted)
+
+
+async def _exactly(reader: asyncio.StreamReader, length: int) -> bytes:
+    """A line of ``length`` bytes and its end."""
+    try:
+        line = await reader.readexactly(length + 1)
+    except (asyncio.IncompleteReadError, OSError) as error:
+        raise Broken(str(error) or "the connection was closed") from None
+    if not line.endswith(b"\n"):
+        raise Broken("no agent of a launch")
+    return line[:-1]
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:

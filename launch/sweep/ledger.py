@@ -9,6 +9,7 @@
       trials/0001.jsonl          when it was started, and how that ended
       logs/0001.log              what it said
       sweep.html                 ``stoker report``
+      .measured                  what it has read, to be read once (``measured.py``)
 
 A number is for ever: a run that the file no longer asks for keeps it, and new ones are appended.
 """

@@ -7,15 +7,17 @@ would make another run of one that is there is refused.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dataio.store import Store
+from launch.launching.values import refuse_folder
 from launch.sweep import ledger
 from launch.sweep.definition import Definition, argument, words
 from launch.sweep.ledger import LEDGER, Facts, Ledger, Trial, config_of
 from pretrain.config import KeyClass, RunConfig, diff, read_values
+from pretrain.config_sections import shows_password
 from pretrain.config_yaml import apply_overrides
 from pretrain.data import validate_data
 from stoker import canonical
@@ -34,6 +36,7 @@ def plan(definition: Definition, threads: int) -> Ledger:
     """The ledger that this file leads to, all of it checked; nothing is written. ``threads``: of each rank, where the
     sweep is new."""
     root = definition.root
+    _refuse_unusable(root)
     values = common_values(definition)
     before = ledger.read(root) if ledger.is_sweep(root) else None
     if before is None and root.exists() and (held := sorted(p.name for p in root.iterdir())):
@@ -56,6 +59,17 @@ def plan(definition: Definition, threads: int) -> Ledger:
     return Ledger(root, definition, values, trials, before.threads if before else threads)
 
 
+def _refuse_unusable(root: Path) -> None:
+    """Refuse a folder that cannot be made: a name that is too long, a file on the way."""
+    refuse_folder("the sweep's folder", root)
+    try:
+        root.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Refusal(f"the sweep's folder {root}: {error.strerror}. Choose another name or dir") from None
+
+
 def common_values(definition: Definition) -> dict[str, Any]:
     """What the runs' configurations have in common, as written down. Refuses secrets, which would be."""
     values = read_values(definition.config)
@@ -69,12 +83,27 @@ def common_values(definition: Definition) -> dict[str, Any]:
             f"{definition.config} or the sweep's overrides hold a secret (a password, a key), and the sweep writes "
             "them down: leave it to the environment"
         )
-    if (values.get("launch") or {}).get("webhook") is not None:
-        raise Refusal(
-            "launch.webhook is kept out of everything that is written, and a sweep writes its configuration "
-            "down: leave it out of a sweep"
-        )
+    for section in (values.get("launch"), *_launch_sections(definition)):
+        if not isinstance(section, Mapping):
+            continue
+        if section.get("webhook") is not None:
+            raise Refusal(
+                "launch.webhook is kept out of everything that is written, and a sweep writes its configuration "
+                "down: leave it out of a sweep"
+            )
+        if isinstance(image := section.get("container"), str) and shows_password(image):
+            raise Refusal("launch.container holds a password, and a sweep writes its configuration down: leave it out")
     return values
+
+
+def _launch_sections(definition: Definition) -> Iterator[Any]:
+    """What the runs' overrides say of the section ``launch``, one by one."""
+    varied = [*definition.grid.items(), *definition.zip.items()]
+    given = [(key, value) for key, values in varied for value in values]
+    given += [pair for entry in definition.list for pair in entry.items()]
+    for key, value in given:
+        if key.partition(".")[0] == "launch":
+            yield apply_overrides({}, [argument(key, value)])["launch"]
 
 
 def _plain(value: Any) -> str:

@@ -6,24 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
-
-import numpy as np
 
 from launch.sweep.definition import SEED, words
 from launch.sweep.history import Outcome, State, state
 from launch.sweep.ledger import Facts, Ledger, Trial, config_of
-from launch.sweep.metric import measured, metric
-from pretrain import events
+from launch.sweep.measured import Measured, Measurements
 from pretrain.figures.chart import Line
 from pretrain.figures.markup import number
 from pretrain.figures.sweep import Results, Row
 from stoker import canonical
 from stoker.errors import Refusal
 
-#: Points that a curve of a sweep is drawn with, at most; of several hundred runs, fewer.
-CURVE_POINTS, ALL_POINTS = 120, 60_000
 #: Colours of states; whatever is not here went wrong.
 LOOKS = {
     Outcome.DONE: "c2",
@@ -39,7 +33,9 @@ LISTED = 10
 def results(ledger: Ledger) -> Results:
     """Every run of the ledger, the best first: those that can be compared with most others, then the rest."""
     asked = {trial.number for trial in ledger.active}
-    found = [_read(ledger, trial, state(ledger, trial), trial.number in asked) for trial in ledger.trials]
+    measurements = Measurements(ledger)
+    found = [_Run(t, state(ledger, t), t.number in asked, measurements.of(t)) for t in ledger.trials]
+    measurements.keep()
     usual = _usual(ledger, found)
     keys = varied(trial.overrides for trial in ledger.trials)
     common = _common(ledger)
@@ -66,44 +62,7 @@ class _Run:
     trial: Trial
     state: State
     asked: bool
-    done: int
-    value: float | None
-    tokens_per_s: float | None
-    curve: Line
-    problem: str
-
-
-def _read(ledger: Ledger, trial: Trial, now: State, asked: bool) -> _Run:
-    section, problem = ledger.definition.metric, ""
-    try:
-        steps = events.read(ledger.run_dir(trial))
-    except Refusal as damaged:
-        steps = []
-        if now.attempts and (ledger.run_dir(trial) / events.METRICS).exists():
-            problem = str(damaged)
-    at, values = measured(steps, section.name)
-    speeds = [event.timing.tokens_per_s for event in steps if event.timing.tokens_per_s is not None]
-    points = max(12, min(CURVE_POINTS, ALL_POINTS // len(ledger.trials)))
-    return _Run(
-        trial,
-        now,
-        asked,
-        steps[-1].step + 1 if steps else 0,
-        metric(steps, section),
-        median(speeds) if speeds else None,
-        _curve(trial.name, at, values, points),
-        problem,
-    )
-
-
-def _curve(name: str, steps: Sequence[int], values: Sequence[float], points: int) -> Line:
-    """The measurements, or the means of so many stretches of them, each at its last step."""
-    size = max(1, -(-len(steps) // points))
-    first = np.arange(0, len(steps), size)
-    last = np.minimum(first + size, len(steps)) - 1
-    with np.errstate(invalid="ignore", over="ignore"):
-        means = np.add.reduceat(values, first) / (last - first + 1) if len(steps) else np.zeros(0)
-    return Line.of(name, "c0", np.asarray(steps, np.float64)[last], means)
+    measured: Measured
 
 
 def _usual(ledger: Ledger, runs: Sequence[_Run]) -> Facts:
@@ -120,8 +79,8 @@ def _usual(ledger: Ledger, runs: Sequence[_Run]) -> Facts:
 def _row(ledger: Ledger, run: _Run, usual: Facts, base: Mapping[str, Any]) -> Row:
     trial, outcome = run.trial, run.state.outcome
     notes = [] if run.asked else ["no longer asked for by the sweep's file"]
-    if run.problem:
-        notes.append(run.problem)
+    if run.measured.problem and run.state.attempts:
+        notes.append(run.measured.problem)
     if outcome is not Outcome.DONE and run.state.cause:
         notes.append(run.state.cause)
     return Row(
@@ -133,11 +92,11 @@ def _row(ledger: Ledger, run: _Run, usual: Facts, base: Mapping[str, Any]) -> Ro
         state=outcome.value,
         look=LOOKS.get(outcome, "c1"),
         final=outcome is Outcome.DONE,
-        done=run.done,
+        done=run.measured.done,
         steps=trial.facts.steps,
-        value=run.value,
-        tokens_per_s=run.tokens_per_s,
-        curve=run.curve,
+        value=run.measured.value,
+        tokens_per_s=run.measured.tokens_per_s,
+        curve=Line.of(trial.name, "c0", run.measured.steps, run.measured.values),
         apart=tuple(_differences(ledger, trial.facts, usual)),
         notes=tuple(notes),
     )

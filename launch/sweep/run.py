@@ -101,8 +101,12 @@ def open_slots(
 @contextmanager
 def _held(ledger: Ledger) -> Iterator[None]:
     """The sweep's folder, written, for this process alone."""
-    ledger.root.mkdir(parents=True, exist_ok=True)
-    with open(ledger.root / LOCK, "a+", encoding="utf-8") as file:
+    try:
+        ledger.root.mkdir(parents=True, exist_ok=True)
+        held = open(ledger.root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise Refusal(f"{ledger.root} cannot be written ({error.strerror}): choose another dir") from None
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,17 +7,27 @@ whoever started it does. ``PARENT``: the process to end with.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from launch.local import train
 from launch.sweep import ledger
 from launch.sweep.history import ended, started, state
 from launch.sweep.processes import end_with
+from pretrain.attempt import ExitClass
 from stoker.errors import Refusal
 
 ARRAY_INDEX = "SLURM_ARRAY_TASK_ID"
+#: How Slurm asks for the end, and what one that ends before it has begun says.
+ENDING = (signal.SIGTERM, signal.SIGUSR1)
+NOTHING_TO_SAVE = "asked to end before it had begun"
+
+
+class _AskedToEnd(BaseException):
+    """Slurm asked before the run's own handlers were in place."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,22 +51,35 @@ def _run(folder: str, number: str | None = None, parent: str | None = None) -> i
     if state(sweep, trial).outcome.over:
         print(f"{sweep.run_dir(trial)} is finished: nothing to do", flush=True)
         return 0
-    started(sweep, trial)
-    code = 1
+    _when_asked(_nothing_to_save)
     try:
-        code = _train(sweep, trial)
+        started(sweep, trial)
+        code = _train(sweep, trial, insist=False)
     except Refusal as refusal:
-        code = 2
-        ended(sweep, trial, code, str(refusal))
+        ended(sweep, trial, ExitClass.REFUSED.code, str(refusal))
         raise
+    except _AskedToEnd:
+        code = ExitClass.PREEMPTED.code
+        ended(sweep, trial, code, NOTHING_TO_SAVE)
     else:
+        _when_asked(signal.SIG_IGN)
         ended(sweep, trial, code)
     return code
 
 
-def _train(sweep: ledger.Ledger, trial: ledger.Trial) -> int:
+def _when_asked(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in ENDING:
+        signal.signal(number, handler)
+
+
+def _nothing_to_save(number: int, frame: FrameType | None) -> None:
+    _when_asked(signal.SIG_IGN)
+    raise _AskedToEnd
+
+
+def _train(sweep: ledger.Ledger, trial: ledger.Trial, insist: bool = True) -> int:
     source, *overrides = sweep.arguments(trial)
-    return train(source, overrides, sweep.definition.ranks)
+    return train(source, overrides, sweep.definition.ranks, insist=insist)
 
 
 if __name__ == "__main__":

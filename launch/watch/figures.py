@@ -11,9 +11,10 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from dataio.log import DataLog
+from launch.watch.columns import AUX, DRAWS, Array
 from launch.watch.drawn import Drawn
 from launch.watch.record import AttemptStatus
-from launch.watch.series import AUX, DRAWS, Array, Series
+from launch.watch.series import Series
 from parallel.planning.drawings import AXIS_MEANING, PALETTE, axes, layers_drawing, ranks_drawing
 from parallel.planning.plan import ParallelPlan
 from pretrain.data import DATA_LOG

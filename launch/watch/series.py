@@ -6,26 +6,16 @@ what was written since the last one. Only steps that stand are kept; what a late
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from launch.watch.tail import Tail, objects
-from pretrain.events import METRICS, SCHEMA
+from launch.watch.columns import AUX, CLOCK, COUNTS, REALS, Array, Columns, read
+from launch.watch.tail import Tail
+from pretrain.events import METRICS
 
-Array = NDArray[Any]
-
-#: Columns of every step, with their types; further ones are ``draws.<source>`` and ``aux.<name>``.
-COUNTS, REALS, CLOCK = (
-    ("step", "attempt", "tokens"),
-    ("loss", "grad_norm", "lr"),
-    ("step_time_s", "tokens_per_s", "mfu"),
-)
-DRAWS, AUX = "draws.", "aux."
 #: Measurements by name that are kept; a run that has more shows the first.
 MOST_NAMES = 200
 
@@ -75,17 +65,11 @@ class Series:
         if self._tail.begins_anew():
             self._forget()
         for block in self._tail.blocks():
-            rows, damaged = objects(block)
+            found, damaged = read(block)
             self.damaged += damaged
-            self._take(rows)
+            self._take(found)
 
-    def _take(self, rows: Sequence[dict[str, Any]]) -> None:
-        try:
-            found = _columns(rows)
-        except _WRONG:
-            good = [row for row in rows if _readable(row)]
-            self.damaged += len(rows) - len(good)
-            found = _columns(good)
+    def _take(self, found: Columns) -> None:
         if not len(found["step"]):
             return
         newest = np.maximum.accumulate(np.maximum(found["attempt"], self._newest_attempt))
@@ -93,7 +77,6 @@ class Series:
         self._newest_attempt = int(newest[-1])
         if not current.all():
             found = {name: values[current] for name, values in found.items()}
-            rows = [row for row, is_current in zip(rows, current, strict=True) if is_current]
         steps = found["step"]
         bounds = [0, *(np.flatnonzero(np.diff(steps) <= 0) + 1).tolist(), len(steps)]
         for start, stop in pairwise(bounds):
@@ -129,53 +112,12 @@ class Series:
         if column is None:
             column = self._columns[name] = np.full(self.length, _absent(name), dtype)
         if len(column) < self.length + count:
-            grown = np.full(max(2 * len(column), self.length + count, 1024), _absent(name), dtype)
+            grown = np.empty(max(2 * len(column), self.length + count, 1024), dtype)
             grown[: self.length] = column[: self.length]
             column = self._columns[name] = grown
         return column
 
 
-#: What a line that is JSON and no step's makes go wrong.
-_WRONG = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
-
-
 def _absent(name: str) -> float:
     """What stands where a step has no value: only ``aux`` and ``draws`` can lack one."""
     return np.nan if name.startswith(AUX) else 0
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Array]:
-    """Lines as columns; one of ``_WRONG`` if any of them is not a step of this schema."""
-    if any(row["schema"] != SCHEMA for row in rows):
-        raise ValueError("another schema")
-    clocks = [row["timing"] for row in rows]
-    draws, aux = [row["draws"] for row in rows], [row["aux"] for row in rows]
-    return {
-        **{name: _array([row[name] for row in rows], np.int64) for name in COUNTS},
-        **{name: _array([row[name] for row in rows], np.float64) for name in REALS},
-        **{name: _array([clock.get(name) for clock in clocks], np.float64) for name in CLOCK},
-        "applied": _array([row["applied"] for row in rows], bool),
-        "verdict": np.array([str(row["verdict"]) for row in rows], object),
-        **{DRAWS + name: _array([d.get(name, 0) for d in draws], np.int64) for name in _union(draws)},
-        **{AUX + name: _array([a.get(name, np.nan) for a in aux], np.float64) for name in _union(aux)},
-    }
-
-
-def _array(values: list[Any], dtype: Any) -> Array:
-    """NumPy reads the texts "nan", "inf" and "-inf", and None as NaN."""
-    array = np.array(values, dtype)
-    if array.ndim != 1:
-        raise ValueError("nested")
-    return array
-
-
-def _union(maps: Iterable[dict[str, Any]]) -> dict[str, None]:
-    return dict.fromkeys(name for each in maps for name in each)
-
-
-def _readable(row: dict[str, Any]) -> bool:
-    try:
-        _columns([row])
-    except _WRONG:
-        return False
-    return True

@@ -20,6 +20,8 @@ from pretrain.figures.markup import node, number, table
 #: Pixels.
 WIDE, NARROW, TALL, LOW = 1040, 510, 300, 210
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 30
+#: Of half a character of a label, and of the word "step", the axis' name.
+HALF_CHARACTER, NAME = 4.0, 26.0
 #: Pixels that share one lowest and one highest value; strips that show numbers when one points at them.
 BUCKET, STRIPS = 2, 100
 #: A line of at most so many points has each of them marked.
@@ -226,20 +228,27 @@ def _axes(x: Scale, y: Scale, height: int) -> Iterator[Element]:
         yield node("path", d=f"M{LEFT} {at:.1f}H{x.stop:g}", class_="grid")
         yield node("text", tick_label(value), x=LEFT - 8, y=f"{at:.1f}", dy=".35em", class_="tick", text_anchor="end")
     yield node("path", d=f"M{LEFT} {height - BOTTOM}H{x.stop:g}", class_="axis")
-    below = height - BOTTOM + 17
+    below, edge, free = height - BOTTOM + 17, x.stop + RIGHT, 0.0
     for value, at in zip(x.ticks, x(x.ticks), strict=True):
-        label, edge = tick_label(value), x.stop + RIGHT
-        place = {"x": f"{edge:g}", "text_anchor": "end"} if at + 4 * len(label) > edge else {"x": f"{at:.1f}"}
-        yield node("text", label, y=below, class_="tick", **{"text_anchor": "middle"} | place)
-    yield node("text", "step", x=LEFT - 8, y=below, class_="tick", text_anchor="end")
+        label = f"{value:,.0f}"
+        if not free:  # the axis' name ends before the first label, which gives way where there is no room for it
+            named = max(NAME, min(LEFT - 8.0, at - HALF_CHARACTER * len(label) - 6))
+            yield node("text", "step", x=f"{named:.1f}", y=below, class_="tick", text_anchor="end")
+            free = named + 6
+        place = {"x": f"{at:.1f}", "text_anchor": "middle"}
+        if at - HALF_CHARACTER * len(label) < free - 0.1:
+            place = {"x": f"{free:.1f}", "text_anchor": "start"}
+        elif at + HALF_CHARACTER * len(label) > edge:
+            place = {"x": f"{edge:g}", "text_anchor": "end"}
+        yield node("text", label, y=below, class_="tick", **place)
 
 
 def tick_label(value: float) -> str:
-    """A round number: 0.002, 5,000, 3e-4."""
+    """A round number, with the digits that tell it from the next one: 0.002, 5,000, 3e-4, 1.004e6."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.10g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    mantissa, exponent = f"{value:.11e}".split("e")
+    return f"{float(mantissa):.12g}e{int(exponent)}"
 
 
 def _marked(marks: Marks, x: Scale, height: int, labels: bool) -> Iterator[Element]:

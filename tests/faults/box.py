@@ -130,6 +130,12 @@ class Network:
     def plug_in(self, i: int) -> None:
         self._switch.run("ip", "link", "set", f"port{i}", "up")
 
+    def connected(self, i: int) -> bool:
+        """Node ``i`` has a connection to another one; it may have some to itself."""
+        lines = self.boxes[i].run("ss", "-Htn", "state", "established").splitlines()
+        peers = {line.split()[3].rpartition(":")[0].strip("[]").removeprefix("::ffff:") for line in lines}
+        return not peers.isdisjoint(set(self.addresses) - {self.addresses[i]})
+
     def swallow(self, i: int, j: int, on: bool = True) -> None:
         """What node ``i`` sends to ``j`` vanishes; the other way it passes."""
         self.boxes[i].run("ip", "route", "add" if on else "del", "blackhole", f"{self.addresses[j]}/32")

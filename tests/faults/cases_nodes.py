@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 
 from pretrain.rundir import attempts
-from tests.faults.bench import Bench, Outcome
+from tests.faults.bench import STEPS, Bench, Outcome
 from tests.faults.runs import STRIKING_S, Launch, Strike
 
 #: Seconds in which the smaller part of a cut launch must have ended its ranks.
 PARTED_S = 5.0
 
 
-def node_killed(bench: Bench, index: int, unplug: bool = False) -> Outcome:
+def node_killed(bench: Bench, index: int, unplug: bool = False, steps: int = STEPS) -> Outcome:
     """The spare takes its place. Node 0 leads the launch and hosts the store of the ranks."""
-    with bench.launch(f"node-{index}") as launch:
+    with bench.launch(f"node-{index}", steps=steps) as launch:
         launch.kill_node(index, unplug)
         return bench.judge(launch, launch.finish())
 

@@ -10,8 +10,8 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import box, cases, cases_nodes, clock, memory
-from tests.faults.bench import Bench, Outcome
+from tests.faults import box, cases, cases_nodes, cases_spikes, clock, memory
+from tests.faults.bench import QUICK_STEPS, Bench, Outcome
 from tests.faults.cases import PHASES
 from tests.launch.launching.slurm_cluster import missing as no_slurm
 
@@ -71,7 +71,7 @@ ROWS = (
         (
             Case(
                 "kill -9 in computing and in saving",
-                lambda bench: cases.killed_in_phases(bench, (1, "compute"), (0, "save")),
+                lambda bench: cases.killed_in_phases(bench, (1, "compute"), (0, "save"), steps=QUICK_STEPS),
                 KILLED,
                 quick=True,
             ),
@@ -110,7 +110,7 @@ ROWS = (
         (
             Case(
                 "all processes of a node are killed",
-                lambda bench: cases_nodes.node_killed(bench, 1),
+                lambda bench: cases_nodes.node_killed(bench, 1, steps=QUICK_STEPS),
                 NODE,
                 quick=True,
                 needs=SWITCH,
@@ -221,7 +221,17 @@ ROWS = (
         (Case("NaN in one rank's gradient, once, live", cases.not_a_number, quick=True),),
         (f"{GUARDS}/test_recompute.py", "tests/parity/test_skip.py"),
     ),
-    Row(17, "the loss spikes", tests=(f"{GUARDS}/test_spikes.py", f"{GUARDS}/test_rewind.py")),
+    Row(
+        17,
+        "the loss spikes",
+        (
+            Case("a poisoned batch: back, and past it", cases_spikes.rewound),
+            Case("a poisoned batch: its step is skipped", cases_spikes.skipped),
+            Case("a poisoned batch: the run stops", cases_spikes.ended),
+            Case("the learning rate is 1,000 times too high from a step on", cases_spikes.never_well),
+        ),
+        (f"{GUARDS}/test_spikes.py", f"{GUARDS}/test_rewind.py"),
+    ),
     Row(
         18,
         "silent corruption in computing",

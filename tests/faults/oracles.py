@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,13 @@ def _state(by_step: dict[int, dict[str, Any]], event: events.StepEvent) -> str:
     return by_step[event.step]["state"] if event.step in by_step else f"unknown after step {event.step}"
 
 
-def checkpoint_hashes(root: Path) -> dict[str, str]:
-    """The content of every committed checkpoint, by the name of its folder."""
+def checkpoint_hashes(root: Path, known: Container[str] = ()) -> dict[str, str]:
+    """The content of every committed checkpoint that is not yet ``known``, by the name of its folder."""
     found = {}
     for step in folders.committed(root / CHECKPOINTS):
         folder, digest = folders.path(root / CHECKPOINTS, step), hashlib.sha256()
+        if folder.name in known:
+            continue
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
         found[folder.name] = digest.hexdigest()

@@ -1,9 +1,12 @@
 """A rank for the fault matrix: ``launch.supervise.worker`` that keeps a history, and to which things happen.
 
 ``FAULT_FOLDER`` names the folder of a run's history. There it writes, for each rank, a line a step (``steps_R.jsonl``:
-which windows it read, and the hash of its state after it), and its process number as it becomes a rank. From there it
-reads ``faults.json``, what is to happen to which rank at which phase of which step, and ``pace``, seconds that
-recording takes longer in every step, so that a fault can be prepared meanwhile.
+which windows it read, and the hash of its state after it), its process number as it becomes a rank, and that it has
+done a step. From there it reads ``faults.json``, what is to happen to which rank at which phase of which step, and
+``pace``, seconds that recording takes longer in every step, so that a fault can be prepared meanwhile.
+
+``FAULT_BATCHES`` names batches, counted as the data order has them, that are one token again and again, whenever and by
+whatever rank they are read; ``FAULT_LR`` the step from which on the learning rate is ``LR_TIMES`` what it should be.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests.launch.supervise import faulty
 
-FOLDER = "FAULT_FOLDER"
+FOLDER, BATCHES, LR = "FAULT_FOLDER", "FAULT_BATCHES", "FAULT_LR"
+LR_TIMES = 1000.0
 HERE = "tests.faults.rank"
 #: Faults of numbers, which need the trainer; everything else happens as a phase begins.
 NUMBERS = ("nan", "flip", "slow")
@@ -65,15 +70,19 @@ class History:
         line = {"attempt": self.attempt, "step": step, "samples": samples, "state": state, "verdict": verdict}
         with open(self.folder / f"steps_{self.rank}.jsonl", "ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
+        (self.folder / f"trained_{self.attempt}_{self.rank}").touch()
 
 
 def inject() -> None:
     """Put the history into the modules of a run, before the process becomes a rank."""
     import pretrain.run
     from pretrain import loop
+    from pretrain.feed import Feed
     from pretrain.heartbeat import Heartbeat
+    from pretrain.session import Session
 
     whole_main, whole_step, whole_at = pretrain.run.main, loop.train_step, Heartbeat.at
+    whole_read, whole_lr = Feed.read, Session.lr
     histories: list[History] = []
 
     def main(arguments: Any) -> int:
@@ -98,7 +107,19 @@ def inject() -> None:
         history.write(step, [int(number) for number in batch.sample_id], trainer.state_hash(), verdict)
         return report, verdict
 
+    def read(feed: Feed, *arguments: Any) -> Any:
+        plan, batch = whole_read(feed, *arguments)
+        if int(plan.sample_id[0]) // plan.global_batch in batches:
+            batch = replace(batch, tokens=batch.tokens * 0 + 1, targets=batch.targets * 0 + 1)
+        return plan, batch
+
+    def lr(session: Session, step: int) -> float:
+        return whole_lr(session, step) * (LR_TIMES if step >= wrong_from else 1.0)
+
+    batches = [int(number) for number in os.environ.get(BATCHES, "").split(",") if number]
+    wrong_from = float(os.environ.get(LR, "inf"))
     pretrain.run.main, loop.train_step = main, train_step
+    Feed.read, Session.lr = read, lr  # type: ignore[method-assign]
     Heartbeat.at = at  # type: ignore[method-assign]
 
 

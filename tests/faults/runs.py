@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,15 +18,18 @@ from typing import Any
 import psutil
 
 from launch.supervise import journal
+from launch.supervise.journal import LOCK
 from pretrain.events import METRICS
 from pretrain.heartbeat import Pulse
 from stoker.files import read_jsonl
 from tests.faults import rank as ranks_module
 from tests.faults.box import Box, Network
+from tests.faults.memory import Group
 from tests.house.sources import HOME
 
-#: Seconds of a step while a fault is being prepared, and once it has struck.
-WAITING_S, STRIKING_S = 2.5, 0.05
+#: Seconds of a step while a fault is being prepared (three are a hang in a phase that is short otherwise, unless the
+#: run says what is one), and once it has struck.
+WAITING_S, LONG_WAITING_S, STRIKING_S = 2.5, 120.0, 0.05
 CHECKPOINT_EVERY, EVALUATE_EVERY = 4, 6
 #: What the undisturbed run and every disturbed one have in common. No checkpoint is deleted: all are looked at.
 OVERRIDES = (
@@ -53,7 +57,8 @@ class Strike:
 
 @dataclass
 class Run:
-    """``config`` of a tiny model, ``folder`` of its history. On one node in ``box`` (None: no namespaces here)."""
+    """``config`` of a tiny model, ``folder`` of its history. On one node in ``box`` (None: no namespaces here), in a
+    control ``group`` of memory where there is one."""
 
     config: Path
     name: str
@@ -61,6 +66,7 @@ class Run:
     ranks: int = 2
     overrides: Sequence[str] = ()
     box: Box | None = None
+    group: Group | None = None
     strikes: list[Strike] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -92,7 +98,15 @@ class Run:
                 argv, cwd=HOME, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
         self.processes.append(process)
+        if self.group is not None:
+            self.group.take(process.pid)
         return process
+
+    def ask_to_end(self) -> None:
+        """Tell every program that still runs to save and end, as a scheduler does."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
     def ended(self, within_s: float = LONG_S) -> int:
         """The exit code of the run, waiting for it."""
@@ -169,13 +183,14 @@ class Run:
                     os.close(descriptor)
         raise FileNotFoundError(f"rank {rank} has no heartbeat")
 
-    def training(self, attempt: int) -> bool:
-        return any(line["attempt"] == attempt for line in self.journal("training"))
+    def trained(self, attempt: int) -> bool:
+        """Every rank has done a step in this attempt."""
+        return all((self.folder / f"trained_{attempt}_{rank}").exists() for rank in range(self.ranks))
 
     def wait_until_warm(self) -> int:
         """Until the newest attempt trains and every rank has a spare that waits; the attempt. Steps are slow
         meanwhile."""
-        self.pace(WAITING_S)
+        self.pace(LONG_WAITING_S if any(each.startswith("launch.hang_s=") for each in self.overrides) else WAITING_S)
         before = len(self.strikes)
         self.wait(lambda: len(self.journal("training")) > before, "the next attempt's first step")
         attempt = self.journal("training")[-1]["attempt"]
@@ -219,7 +234,7 @@ class Run:
         """What is committed now must be there in the end as it is."""
         from tests.faults.oracles import checkpoint_hashes
 
-        self.remembered |= checkpoint_hashes(self.root)
+        self.remembered |= checkpoint_hashes(self.root, known=self.remembered)
 
     def kill_at(self, rank: int, phase: str, after_s: float = 0.0, number: signal.Signals = signal.SIGKILL) -> None:
         """A signal to a rank that has come to ``phase``, ``after_s`` seconds into it (it is held there until then at
@@ -279,6 +294,9 @@ class Launch(Run):
     spares: int = 1
     network: Network | None = None
     preflight: bool = False
+    job: Path | None = None
+    queued_again: int = 0
+    programs: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def write_job(self) -> Path:
         """What ``stoker launch`` gives the nodes."""
@@ -297,20 +315,25 @@ class Launch(Run):
         return folder.path / JOB
 
     def start(self) -> subprocess.Popen[bytes]:
-        job = self.write_job()
+        """Begin the job; or the same once more, as a scheduler that has queued it again does."""
+        if self.job is None:
+            self.job = self.write_job()
+        else:
+            self.queued_again += 1
         for index in range(self.nodes + self.spares):
-            self.start_node(job, index)
-        return self.processes[0]
+            self.start_node(index)
+        return self.programs[0]
 
-    def start_node(self, job: Path, index: int) -> None:
-        assert self.network is not None
+    def start_node(self, index: int) -> None:
+        """Start the program of a node; or again, where a scheduler does so after it has ended."""
+        assert self.network is not None and self.job is not None
         count = self.nodes + self.spares
         slurm = {
             "SLURM_JOB_ID": f"fault-{self.name}", "SLURM_NODEID": str(index),
-            "SLURM_JOB_NODELIST": f"stk[0-{count - 1}]",
+            "SLURM_JOB_NODELIST": f"stk[0-{count - 1}]", "SLURM_RESTART_COUNT": str(self.queued_again),
         }  # fmt: skip
-        argv = [sys.executable, "-m", "tests.faults.node", str(job), *(["preflight"] if self.preflight else [])]
-        self.spawn(self.network.boxes[index].command(argv), f"node_{index}.txt", **slurm)
+        argv = [sys.executable, "-m", "tests.faults.node", str(self.job), *(["preflight"] if self.preflight else [])]
+        self.programs[index] = self.spawn(self.network.boxes[index].command(argv), f"node_{index}.txt", **slurm)
 
     def on_node(self, index: int) -> list[psutil.Process]:
         """The processes of the run on a node."""
@@ -329,6 +352,15 @@ class Launch(Run):
         """The rank that each node of the newest attempt runs."""
         here = {process.pid: index for index in range(self.nodes + self.spares) for process in self.on_node(index)}
         return {here[self.pid(rank)]: rank for rank in range(self.ranks)}
+
+    def leading(self) -> int | None:
+        """The node that leads the launch: its program holds the supervisor's lock. None where it is about to change."""
+        found = []
+        for index, program in self.programs.items():
+            with suppress(OSError):
+                held = {os.readlink(path) for path in Path(f"/proc/{program.pid}/fd").iterdir()}
+                found += [index] if str(self.root.resolve() / LOCK) in held else []
+        return found[0] if len(found) == 1 else None
 
     def kill_node(self, index: int, unplug: bool = False) -> None:
         """Agent, ranks and spares of a node are killed at once; ``unplug``: and nobody is told, as when it loses

@@ -16,7 +16,7 @@ from launch.supervise.journal import Journal
 from pretrain.checkpoint import folders
 from pretrain.events import METRICS
 from tests.faults import box, oracles
-from tests.faults.bench import STEPS, Bench
+from tests.faults.bench import QUICK_STEPS, Bench
 from tests.faults.box import Box
 from tests.faults.rank import FOLDER
 from tests.faults.runs import Run, Strike
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def copy(bench: Bench) -> Iterator[Run]:
-    whole = bench.whole()
-    run = Run(whole.config, "copy", STEPS)
+    whole = bench.whole(2, QUICK_STEPS)
+    run = Run(whole.config, "copy", QUICK_STEPS)
     for mine, theirs in ((run.root, whole.root), (run.folder, whole.folder)):
         shutil.rmtree(mine, ignore_errors=True)
         shutil.copytree(theirs, mine, symlinks=True)
@@ -45,19 +45,19 @@ def change(path: Path, number: int, edit: Callable[[dict[str, Any]], Any]) -> No
 
 
 def found(run: Run, bench: Bench) -> dict[str, list[str]]:
-    return {name: wrong for name, wrong in oracles.check(run, bench.whole()).items() if wrong}
+    return {name: wrong for name, wrong in oracles.check(run, bench.whole(2, QUICK_STEPS)).items() if wrong}
 
 
 def test_an_undisturbed_run_is_all_right(copy: Run, bench: Bench) -> None:
     copy.remember()
-    assert len(copy.remembered) == STEPS // 4 and found(copy, bench) == {}
+    assert len(copy.remembered) == QUICK_STEPS // 4 and found(copy, bench) == {}
 
 
 def test_o1_finds_the_last_bit_of_a_loss_and_the_state_of_one_rank(copy: Run, bench: Bench) -> None:
-    change(copy.root / METRICS, 40, lambda line: line.update(loss=line["loss"] * (1 + 2**-52)))
-    change(copy.folder / "steps_1.jsonl", 50, lambda line: line.update(state="0" * 64))
+    change(copy.root / METRICS, 10, lambda line: line.update(loss=line["loss"] * (1 + 2**-52)))
+    change(copy.folder / "steps_1.jsonl", 13, lambda line: line.update(state="0" * 64))
     (loss, state) = found(copy, bench)["O1"]
-    assert loss.startswith("step 40:") and state == "the state of rank 1 after step 50 is another, and of 1 steps"
+    assert loss.startswith("step 10:") and state == "the state of rank 1 after step 13 is another, and of 1 steps"
 
 
 def test_o2_finds_a_checkpoint_that_is_altered_and_one_that_is_gone(copy: Run, bench: Bench) -> None:
@@ -77,7 +77,7 @@ def test_o3_finds_a_window_consumed_twice_and_too_many_steps_done_again(copy: Ru
     def repeat(line: dict[str, Any]) -> None:
         line["samples"][0] = line["samples"][1]
 
-    change(copy.folder / "steps_0.jsonl", 30, repeat)
+    change(copy.folder / "steps_0.jsonl", 7, repeat)
     lines = (copy.root / METRICS).read_text().splitlines()
     again = [json.dumps({**json.loads(line), "attempt": 2}, sort_keys=True) for line in lines[-5:]]
     (copy.root / METRICS).write_text("\n".join([*lines, *again]) + "\n")

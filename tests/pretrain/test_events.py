@@ -6,7 +6,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pretrain import events
+from pretrain import sinks as sinks_module
 from pretrain.config import RunConfig, load
 from pretrain.events import METRICS, StepEvent, Timing, deterministic, read, standing
 from pretrain.sinks import ConsoleSink, WandbSink, open_sinks, wandb_mode
@@ -216,8 +220,11 @@ class FakeWandb:
     def init(self, **settings: Any) -> Any:
         return self._do("init", settings)
 
-    def log(self, values: Any, step: int) -> Any:
-        return self._do("log", (step, values))
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        pass
+
+    def log(self, values: Any) -> Any:
+        return self._do("log", values)
 
     def finish(self) -> Any:
         return self._do("finish", None)
@@ -239,6 +246,21 @@ def test_a_failure_of_wandb_is_said_once_without_secrets_and_the_run_goes_on(
     assert sum(what == breaks for what, _ in fake.calls) == 1
 
 
+def test_a_wandb_that_never_finishes_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks_module, "FINISH_S", 0.2)
+    monkeypatch.setattr(sinks_module, "MARGIN_S", 0.1)
+    fake, released = FakeWandb(), threading.Event()
+    monkeypatch.setattr(fake, "finish", lambda: released.wait(60))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    console, began = plain_console(), time.monotonic()
+    with open_sinks(demo("log.quiet=true"), tmp_path, attempt=1, console=console) as sinks:
+        sinks.step(event())
+    released.set()
+    assert time.monotonic() - began < 30
+    (line,) = printed(console)
+    assert line.startswith("W&B could not finish: TimeoutError: no answer")
+
+
 def test_wandb_gets_no_secret_of_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -246,9 +268,9 @@ def test_wandb_gets_no_secret_of_the_configuration(tmp_path: Path, monkeypatch: 
     sink = WandbSink(config, tmp_path, 3, pytest.fail)
     sink.step(event(7))
     sink.close()
-    (_, settings), (_, (step, values)), _ = fake.calls
+    (_, settings), (_, values), _ = fake.calls
     assert "hunter2" not in repr(settings["config"]) and settings["name"] == "demo-0003"
-    assert step == 7 and values["loss"] == event(7).loss and values["draws/code"] == 3
+    assert values["step"] == 7 and values["loss"] == event(7).loss and values["draws/code"] == 3
     assert "timing/mfu" not in values
 
 
@@ -261,3 +283,32 @@ def test_the_installed_wandb_writes_offline_without_network_or_account(
     sink.step(event())
     sink.close()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_steps_that_a_rewind_does_again_arrive_at_the_installed_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    records = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="another layout of the package")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    done = [(0, 8.0), (1, 7.0), (2, 99.0), (1, 7.0), (2, 6.0), (3, 5.0)]
+    sink = WandbSink(demo("log.wandb=offline"), tmp_path, 1, pytest.fail)
+    for step, loss in done:
+        sink.step(event(step, loss=loss))
+    sink.close()
+    wandb.teardown()  # its service writes until it ends
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content, position, rows, axes = path.read_bytes(), 7, [], {}
+    while position < len(content):  # a header of 7 bytes, then records: checksum, length, 1 for whole, content
+        _, length, whole = struct.unpack_from("<IHB", content, position)
+        assert whole == 1
+        position += 7
+        record = records.Record.FromString(content[position : position + length])
+        position += length
+        if record.HasField("history"):
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            rows.append((items["step"], items["loss"]))
+        elif record.HasField("metric"):
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    assert rows == done
+    assert axes["*"] == "step" or axes["loss"] == "step"

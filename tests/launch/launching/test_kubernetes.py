@@ -118,6 +118,18 @@ def test_the_nodes_find_the_job_and_its_memory_and_volumes(eights: Prepared) -> 
     assert container["command"][-1] == "/etc/stoker/launch.json" and ready.job.config == "/etc/stoker/config.yaml"
 
 
+def test_a_pod_learns_from_its_labels_which_node_of_which_launch_it_is(eights: Prepared) -> None:
+    """Labels that JobSet puts on pods (its documentation, v0.9)."""
+    env = {one["name"]: one for one in pod(submission(eights))["containers"][0]["env"]}
+    read = {name: one["valueFrom"]["fieldRef"]["fieldPath"] for name, one in env.items() if "valueFrom" in one}
+    assert read == {
+        variable: f"metadata.labels['jobset.sigs.k8s.io/{label}']"
+        for variable, label in (
+            ("STOKER_DOMAIN", "job-index"), ("STOKER_START", "restart-attempt"), ("STOKER_SET", "jobset-uid"),
+        )
+    }  # fmt: skip
+
+
 def test_secrets_are_references(eights: Prepared) -> None:
     ready = submission(eights, ["WANDB_API_KEY=wandb/key"])
     env = {one["name"]: one for one in pod(ready)["containers"][0]["env"]}
@@ -210,8 +222,9 @@ def test_kubectl_is_given_what_the_dry_run_prints(
     ready = submission(eights)
     submit(ready)
     assert (tmp_path / "stdin").read_text() == ready.show()
-    asked, applied = (tmp_path / "argv").read_text().splitlines()
+    asked, tried, applied = (tmp_path / "argv").read_text().splitlines()
     assert "get jobsets.jobset.x-k8s.io hybrid-moe-30b-a3b" in asked and "apply --filename=-" in applied
+    assert "apply --dry-run=server --filename=-" in tried
 
 
 @pytest.mark.parametrize(

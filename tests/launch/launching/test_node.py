@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,10 @@ from launch.launching.folder import Folder
 from launch.launching.job import CONFIG, JOB, Job
 from launch.launching.slurm import submission
 from launch.launching.where import Where
-from launch.preflight import run
+from launch.preflight import run, shared
 from launch.preflight.report import Finding, Report, Verdict
-from pretrain.config import load
+from launch.supervise import outcome
+from pretrain.config import RunConfig, load
 from stoker.errors import Refusal
 from tests.launch.launching.jobs import prepared
 from tests.launch.tiny import tiny
@@ -118,7 +121,8 @@ def preflight_of(monkeypatch: pytest.MonkeyPatch, good: tuple[str, ...], own: Fi
     """What the preflight of this node, n2 of three of which two are needed, says."""
     excluded = {name: "12 bit errors" for name in ("n1", "n2", "n3") if name not in good}
     verdict = Verdict(good, excluded, needed=2, total=3, warnings=("drivers differ",))
-    monkeypatch.setattr(run, "preflight", lambda config, ranks, launch: Report("n2", (own,), 0.1, verdict))
+    aside = None if verdict.trouble or "n2" in good else excluded["n2"]
+    monkeypatch.setattr(run, "preflight", lambda config, ranks, launch: Report("n2", (own,), 0.1, verdict, aside))
 
 
 def test_a_node_that_is_not_fit_leaves_the_run_to_a_spare(
@@ -129,7 +133,7 @@ def test_a_node_that_is_not_fit_leaves_the_run_to_a_spare(
     here = Where(1, ("n1", "n2", "n3"), ("n1", "n2", "n3"), "7-0")
     preflight_of(monkeypatch, ("n1", "n3"), Finding("memory", "refuse", "12 bit errors"))
     assert node._fit(config, job, here) is None
-    assert "n2 takes no part, a spare does: 12 bit errors" in capfd.readouterr().err
+    assert "n2 takes no part: 12 bit errors" in capfd.readouterr().err
     preflight_of(monkeypatch, ("n1", "n2", "n3"), Finding("numa", "warn", "slow"))
     assert node._fit(config, job, here) == ("n1", "n2", "n3")
     assert "n2: numa: slow" in capfd.readouterr().err
@@ -155,3 +159,81 @@ def test_the_agent_is_asked_once_however_often_the_scheduler_asks() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert agent.asked == 1
+
+
+@dataclass
+class Pod:
+    """A node program that a JobSet has started, of a launch that goes on as ``plays`` say: what the others do while
+    this one takes no part."""
+
+    path: Path
+    run_dir: Path
+    plays: list[Callable[[], None]] = field(default_factory=list)
+    supervised: list[str] = field(default_factory=list)
+
+    def ends(self, number: int, code: int) -> Callable[[], None]:
+        return lambda: outcome.record(self.run_dir, f"uid-0.g{number}", code)
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pod:
+    path = written(tmp_path)
+    made = Pod(path, load(Job.read(path).config).run_dir)
+    here = Where(0, ("n1",), ("n1",), "uid-0", comes_back=True)
+
+    def supervise(config: RunConfig, arguments: list[str], job: Job, here: Where, good: tuple[str, ...]) -> int:
+        made.supervised.append(here.start)
+        return 4
+
+    monkeypatch.setattr("launch.launching.where.where", lambda job, environment: here)
+    monkeypatch.setattr(node, "_fit", lambda config, job, here: None if made.plays else here.hosts)
+    monkeypatch.setattr(node, "_supervise", supervise)
+    monkeypatch.setattr(node, "time", SimpleNamespace(sleep=lambda seconds: made.plays.pop(0)()))
+    return made
+
+
+def test_a_pod_that_takes_no_part_waits_for_the_end_and_ends_like_the_others(pod: Pod) -> None:
+    pod.plays = [lambda: None, lambda: None, pod.ends(0, 3)]
+    assert node.run(str(pod.path)) == 3 and not pod.supervised and not pod.plays
+
+
+def test_a_pod_that_took_no_part_may_take_it_in_the_next_launch(pod: Pod) -> None:
+    pod.plays = [pod.ends(0, 4)]
+    assert node.run(str(pod.path)) == 4 and pod.supervised == ["uid-0.g1"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_a_pod_that_comes_when_all_is_over_returns_what_the_others_did(pod: Pod, code: int) -> None:
+    outcome.record(pod.run_dir, "uid-0.g0", 4)
+    outcome.record(pod.run_dir, "uid-0.g1", code)
+    assert node.run(str(pod.path)) == code and not pod.supervised
+
+
+def test_on_slurm_a_node_that_takes_no_part_leaves_and_no_launch_follows(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = Where(0, ("n1",), ("n1",), "1-7-0")
+    monkeypatch.setattr("launch.launching.where.where", lambda job, environment: slurm)
+    pod.plays = [lambda: None]
+    assert node.run(str(pod.path)) == 0 and len(pod.plays) == 1
+    outcome.record(pod.run_dir, "1-7-0", 4)
+    assert node.run(str(pod.path)) == 4 and not pod.supervised
+
+
+def test_a_pod_that_cannot_begin_does_not_end_a_launch_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(config: RunConfig, ranks: int, launch: object) -> Report:
+        raise Refusal("no such plan")
+
+    job = replace(Job.read(written(tmp_path)), spares=1)
+    config = load(job.config)
+    monkeypatch.setattr(run, "preflight", refuses)
+    here = Where(0, ("n1", "n2"), ("n1", "n2"), "uid-0.g0", comes_back=True)
+    with pytest.raises(Refusal, match="no such plan"):  # all nodes begin, or none
+        node._fit(config, job, here)
+    monkeypatch.setattr(shared, "goes_on", lambda launch, run_dir: (launch, run_dir) == (here.start, config.run_dir))
+    assert node._fit(config, job, here) is None
+    assert "n1 takes no part, and waits for the end of the launch: no such plan" in capfd.readouterr().err
+    with pytest.raises(Refusal, match="no such plan"):
+        node._fit(config, job, replace(here, comes_back=False))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from launch.launching.slurm import array_argv, ranges, submit
 from launch.launching.where import expand
 from pretrain.config_sections import LaunchSection
 from stoker.errors import Refusal
-from tests.launch.launching.jobs import on_slurm, prepared, tree, value
+from tests.launch.launching.jobs import PRESET, on_slurm, prepared, tree, value
 from tests.launch.tiny import tiny
 
 EVIL = [
@@ -46,7 +47,8 @@ def test_gb200_asks_for_whole_trays_in_segments() -> None:
     assert value(argv, "--signal") == "B:USR1@300" and value(argv, "--time") == "240"
     assert (value(argv, "--partition"), value(argv, "--account")) == ("batch", "me")
     assert {"--requeue", "--exclusive", "--mem=0", "--open-mode=append"} <= set(argv) and "--no-kill" not in argv
-    assert argv[argv.index(str(slurm.script_path())) + 1] == "srun"
+    ended, command = argv[argv.index(str(slurm.script_path())) + 1 :][:2]
+    assert ended.endswith(f"/{PRESET}/.launch/1-") and command == "srun"
     assert argv[-1].endswith("/launch/0001/launch.json") and argv[-2] == "launch.launching.node"
 
 
@@ -209,3 +211,45 @@ def test_secrets_go_to_sbatch_in_its_environment_only(tmp_path: Path, monkeypatc
 def test_the_script_is_the_same_for_every_job_and_every_value_an_argument() -> None:
     text = slurm.script_path().read_text()
     assert '"$@" &' in text and "eval" not in text and not any(line.startswith("#SBATCH") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+@pytest.mark.parametrize(
+    ("recorded", "code", "ends"),
+    [
+        (None, 3, 3),
+        (None, 137, 137),
+        ("0\n", 137, 0),  # a node was lost, and a spare finished the run
+        ("1\n", 137, 1),
+        ("4\n", 137, 4),
+        ("4\n", 0, 4),
+        ("", 137, 137),  # torn, or no digit
+        ("44\n", 137, 137),
+        ("$(touch x)\n", 137, 137),
+    ],
+)
+def test_the_job_ends_as_its_nodes_agreed(
+    tmp_path: Path, recorded: str | None, code: int, ends: int, noticed: bool
+) -> None:
+    """Of this start of the job; and only one that is to go on is queued again."""
+    fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/asked')
+    folder = tmp_path / "a 'b' $(c)"
+    folder.mkdir()
+    for name in ("1-7-0", "1-7-2", "1-70-1", "2-7-1"):
+        (folder / f"{name}.ended").write_text("2\n")
+    if recorded is not None:
+        (folder / "1-7-1.ended").write_text(recorded)
+    command = f"trap : USR1; {'kill -USR1 $PPID; sleep 0.3;' if noticed else ''} exit {code}"
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    argv = ["bash", str(slurm.script_path()), f"{folder}/1-", "bash", "-c", command]
+    done = subprocess.run(argv, cwd=tmp_path, env={**os.environ, **path}, capture_output=True, text=True, timeout=60)
+    queued = noticed and ends >= 4
+    assert done.returncode == (0 if queued else ends), done.stderr
+    assert (tmp_path / "asked").exists() == queued and not (tmp_path / "x").exists()
+
+
+def test_where_no_launch_says_how_it_ended_the_command_does(tmp_path: Path) -> None:
+    (tmp_path / "-7-0.ended").write_text("0\n")
+    argv = ["bash", str(slurm.script_path()), "-", "bash", "-c", "exit 5"]
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_RESTART_COUNT"}
+    assert subprocess.run(argv, cwd=tmp_path, env={**environment, "SLURM_JOB_ID": "7"}, timeout=60).returncode == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ open(f"{sys.argv[1]}/{os.environ['SLURM_ARRAY_TASK_ID']}", "w").write(json.dumps
 def batch(cluster: Cluster, folder: Path, code: int) -> str:
     (folder / "program.py").write_text(PROGRAM)
     argv = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--chdir={folder}", "--output=out.log"]
-    number = cluster.run(*argv, str(slurm.script_path()), sys.executable, "program.py", str(code)).strip()
+    number = cluster.run(*argv, str(slurm.script_path()), f"{folder}/", sys.executable, "program.py", str(code)).strip()
     until(lambda: (folder / "notes").exists(), 20)
     return number
 
@@ -80,6 +81,45 @@ def test_a_run_that_must_not_go_on_is_not_queued_again(cluster: Cluster, tmp_pat
     assert f"ExitCode={code}:0" in cluster.run("scontrol", "show", "job", number)
 
 
+#: A node of a launch: the last one hangs, the others end well once they are told to, and the first says so if asked.
+NODE = """
+import os, sys, time
+from pathlib import Path
+index = int(os.environ["SLURM_NODEID"])
+Path(f"begun_{index}").touch()
+while not Path("go").exists():
+    time.sleep(0.1)
+if index == 2:
+    time.sleep(600)
+if index == 0 and sys.argv[1:]:
+    Path(f"{sys.argv[1]}{os.environ['SLURM_JOB_ID']}-0.ended").write_text("0\\n")
+"""
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_lost_node_costs_a_run_that_a_spare_finished_nothing(
+    cluster: Cluster, tmp_path: Path, recorded: bool
+) -> None:
+    """Without the nodes' own word the job fails: srun's code is that of the lost node."""
+    (tmp_path / "node.py").write_text(NODE)
+    argv = ["sbatch", "--parsable", "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--no-requeue"]
+    argv += [f"--chdir={tmp_path}", "--output=out.log", str(slurm.script_path()), f"{tmp_path}/1-"]
+    argv += ["srun", "--mpi=none", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0", "--input=none", "--no-kill"]
+    number = cluster.run(*argv, sys.executable, "node.py", *([f"{tmp_path}/1-"] if recorded else [])).strip()
+    until(lambda: len(list(tmp_path.glob("begun_*"))) == 3, 60)
+    nodes = re.search(r" NodeList=(\S+)", cluster.run("scontrol", "show", "job", number))
+    assert nodes is not None
+    lost = expand(nodes[1])[2]
+    try:
+        cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=lost")
+        (tmp_path / "go").touch()
+        until(lambda: cluster.state(number) not in ("RUNNING", "COMPLETING"), 60)
+        assert cluster.state(number) == ("COMPLETED" if recorded else "FAILED"), (tmp_path / "out.log").read_text()
+    finally:
+        cluster.run("scontrol", "update", f"nodename={lost}", "state=resume")
+        until(lambda: "idle" in cluster.run("sinfo", "--noheader", f"--nodes={lost}", "--format=%t"), 30)
+
+
 def test_an_array_runs_every_index_with_its_words_as_they_are(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     folder.mkdir()
@@ -98,7 +138,7 @@ def test_output_lies_where_it_was_asked_for(cluster: Cluster, tmp_path: Path) ->
     folder.mkdir()
     output = slurm._pattern(folder / "slurm-%j.log")
     number = cluster.run(
-        "sbatch", "--parsable", f"--output={output}", str(slurm.script_path()), "echo", "$0 `x`"
+        "sbatch", "--parsable", f"--output={output}", str(slurm.script_path()), "-", "echo", "$0 `x`"
     ).strip()
     path = folder / f"slurm-{number}.log"
     until(lambda: path.exists() and path.read_text() == "$0 `x`\n", 20)

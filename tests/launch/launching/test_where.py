@@ -27,16 +27,20 @@ def slurm(index: int, listed: str = "localhost,127.0.0.[2-3]", **more: str) -> d
 def test_slurm_nodes_know_their_place_and_their_start() -> None:
     found = [where(job(), slurm(index)) for index in range(3)]
     assert [one.host for one in found] == ["localhost", "127.0.0.2", "127.0.0.3"]
-    assert {one.start for one in found} == {"71-0"}
-    assert where(job(), slurm(0, SLURM_RESTART_COUNT="2")).start == "71-2"
+    assert {(one.start, one.comes_back) for one in found} == {("1-71-0", False)}
+    assert where(job(), slurm(0, SLURM_RESTART_COUNT="2")).start == "1-71-2"
+    assert where(job(number=12), slurm(0)).start == "12-71-0", "a cluster may begin to count anew"
 
 
 def test_jobset_nodes_know_their_place_in_and_over_domains() -> None:
     overrides = ("parallel={ep: 64}", "launch.spare_nodes=2", "launch.container=image", "launch.volume_claim=runs")
     two = submission(prepared(*overrides, nodes=32)).job
-    environment = {"STOKER_DOMAIN": "1", "JOB_COMPLETION_INDEX": "16", "STOKER_START": "3"}
+    environment = {"STOKER_DOMAIN": "1", "JOB_COMPLETION_INDEX": "16", "STOKER_START": "3", "STOKER_SET": "6f-e1"}
     found = where(two, environment)
-    assert found.index == 33 and two.roles()[33].spare and found.start == "3"
+    assert found.index == 33 and two.roles()[33].spare and (found.start, found.comes_back) == ("6f-e1-3", True)
+    for older in ({**environment, "STOKER_SET": ""}, {"JOB_COMPLETION_INDEX": "16"}):
+        with pytest.raises(Refusal, match=r"JobSet 0\.9"):
+            where(two, older)
     assert found.host == "hybrid-moe-30b-a3b-node-1-16.hybrid-moe-30b-a3b" == found.hosts[-1]
 
 

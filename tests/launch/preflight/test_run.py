@@ -158,9 +158,10 @@ def test_scratch_must_be_writable(tmp_path: Path) -> None:
 def launched(config: RunConfig, nodes: str, needed: int, **more: object) -> dict[str, Report]:
     """The preflight of several nodes that are this machine."""
     found: dict[str, Report] = {}
+    start = f"job-{time.monotonic_ns()}"
 
     def node(name: str) -> None:
-        found[name] = preflight(config, 1, Launch("job-7", name, tuple(nodes), needed, **more))  # type: ignore[arg-type]
+        found[name] = preflight(config, 1, Launch(start, name, tuple(nodes), needed, **more))  # type: ignore[arg-type]
 
     threads = [threading.Thread(target=node, args=(name,)) for name in nodes]
     for thread in threads:

@@ -1,15 +1,19 @@
-"""Nodes that meet on a path: one verdict for all of them, whatever is missing, late, wrong or left over."""
+"""Nodes that meet on a path: one verdict for all of them, whatever is missing, late, wrong or started again."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launch.preflight import shared
 from launch.preflight.facts import Facts
@@ -18,19 +22,21 @@ from launch.preflight.shared import FOLDER, Launch, exchange
 from pretrain.rundir import _entries
 from stoker.errors import Refusal
 from tests.launch.preflight.test_compare import fact
+from tests.launch.preflight.turns import Program, Turns
 
-Outcome = Verdict | Refusal
+Outcome = tuple[Verdict, str | None] | Refusal
+#: Looks at files after which a node program is killed, to be started again.
+LIVES = st.lists(st.integers(0, 40), max_size=2)
 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same protocol at ten times the pace: nothing in it depends on how long a look takes."""
     monkeypatch.setattr(shared, "LOOK_S", 0.02)
-    monkeypatch.setattr(shared, "QUIET_S", 1.0)
 
 
-def launch(node: str, nodes: str, needed: int, timeout_s: float = 30.0, **more: object) -> Launch:
-    return Launch("job-1", node, tuple(nodes), needed, timeout_s=timeout_s, **more)  # type: ignore[arg-type]
+def launch(node: str, nodes: str, needed: int, timeout_s: float = 30.0) -> Launch:
+    return Launch("job-1", node, tuple(nodes), needed, timeout_s=timeout_s, quiet_s=1.0)
 
 
 def meet(
@@ -65,10 +71,15 @@ def meet(
 
 
 def agreed(found: dict[str, Outcome]) -> Verdict:
-    """The one verdict of all."""
-    (first, *others) = found.values()
-    assert isinstance(first, Verdict) and all(other == first for other in others), found
-    return first
+    """The one verdict of all, each of which acts by it."""
+    verdicts = [one[0] for one in found.values() if not isinstance(one, Refusal)]
+    assert len(verdicts) == len(found) and all(verdict == verdicts[0] for verdict in verdicts), found
+    (verdict, *_) = verdicts
+    aside = {} if verdict.trouble else verdict.excluded
+    assert {node: one[1] for node, one in found.items() if not isinstance(one, Refusal)} == {
+        node: aside.get(node) for node in found
+    }
+    return verdict
 
 
 def test_nodes_that_start_at_different_times_come_to_one_verdict(tmp_path: Path) -> None:
@@ -126,11 +137,12 @@ def test_a_leader_that_is_late_is_waited_for_once_it_was_heard(tmp_path: Path) -
 def test_paths_that_are_not_shared_train_nowhere(tmp_path: Path) -> None:
     """Two of three nodes are a majority and go on; the third finds itself alone, and so do two nodes apart."""
     found = meet(lambda node: tmp_path / ("island" if node == "c" else "shared"), "abc", 2, timeout_s=1.0)
-    assert found["a"] == found["b"] and isinstance(found["c"], Verdict) and isinstance(found["a"], Verdict)
-    assert found["a"].good == ("a", "b") and found["a"].trouble is None and "run.dir" in found["a"].excluded["c"]
-    assert found["c"].good == ("c",) and found["c"].trouble is not None
+    alone = agreed({"c": found.pop("c")})
+    both = agreed(found)
+    assert both.good == ("a", "b") and both.trouble is None and "run.dir" in both.excluded["c"]
+    assert alone.good == ("c",) and alone.trouble is not None
     apart = meet(lambda node: tmp_path / f"apart-{node}", "ab", 1, timeout_s=1.0)
-    assert all(isinstance(one, Verdict) and "no majority" in str(one.trouble) for one in apart.values())
+    assert all("no majority" in str(agreed({node: one}).trouble) for node, one in apart.items())
 
 
 def test_a_clock_that_is_an_hour_off_is_excluded_and_one_within_a_second_is_not(tmp_path: Path) -> None:
@@ -155,22 +167,89 @@ def test_a_node_whose_own_checks_refuse_is_told_to_all(tmp_path: Path) -> None:
     assert agreed(meet(tmp_path, "abc", 2, facts=facts)).excluded == {"b": "open files: 128 a process"}
 
 
-def test_files_of_an_earlier_start_with_the_same_name_are_seen_through(tmp_path: Path) -> None:
-    """Another code then, another node down then: neither may decide now."""
-    first = agreed(meet(tmp_path, "abc", 2, present="ab", timeout_s=1.0))
-    assert set(first.excluded) == {"c"}
-    second = agreed(meet(tmp_path, "abc", 3, late_s={"a": 0.5}, present="ab", timeout_s=1.5))
-    assert set(second.excluded) == {"c"} and second.needed == 3, "the verdict is a new one"
-    third = agreed(meet(tmp_path, "abc", 3, facts=lambda node: replace(fact(node), hashes={"code": "new"})))
-    assert third.good == tuple("abc")
-    newer = lambda node: replace(fact(node), hashes={"code": "newer"})  # noqa: E731
-    fourth = agreed(meet(tmp_path, "abc", 3, facts=newer, late_s={"b": 0.7}))
-    assert fourth.good == tuple("abc"), "what b wrote then, in answer to another leader, is not taken for an answer"
-
-
 def test_a_node_that_comes_when_all_is_decided_learns_that_it_is_out(tmp_path: Path) -> None:
     verdict = agreed(meet(tmp_path, "abc", 2, present="ab", timeout_s=1.0))
     assert agreed(meet(tmp_path, "abc", 2, present="c", timeout_s=1.0)) == verdict and set(verdict.excluded) == {"c"}
+
+
+@pytest.mark.parametrize("node", ["a", "c"])
+def test_a_node_that_is_started_again_takes_its_part_at_once(node: str, tmp_path: Path) -> None:
+    verdict = agreed(meet(tmp_path, "abc", 3))
+    began = time.monotonic()
+    assert agreed(meet(tmp_path, "abc", 3, present=node, timeout_s=600.0)) == verdict
+    assert time.monotonic() - began < 60, "it waits for nobody: the others have met"
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"hashes": {"code": "new"}}, "code new where 1 of 2"),
+        ({"versions": {"torch": "9.9"}}, "torch 9.9"),
+        ({"refused": "12 bit errors"}, "12 bit errors"),
+    ],
+)
+def test_a_node_that_comes_back_another_one_takes_no_part(
+    changed: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    verdict = agreed(meet(tmp_path, "abc", 3))
+    another = replace(fact("a"), **changed)  # type: ignore[arg-type]
+    found, aside = exchange(launch("a", "abc", 3), another, tmp_path)
+    assert found == verdict and aside is not None and says in aside
+    assert exchange(launch("a", "abc", 3), fact("a"), tmp_path) == (verdict, None), "and the verdict stands"
+
+
+def test_a_verdict_of_another_release_is_no_reason_to_end_the_others(tmp_path: Path) -> None:
+    agreed(meet(tmp_path, "ab", 2))
+    path = tmp_path / FOLDER / "job-1" / shared.VERDICT
+    assert shared.goes_on("job-1", tmp_path) and not shared.goes_on("job-2", tmp_path)
+    for content in ("{", "[]", json.dumps({"format": {"name": shared.VERDICT_FORMAT, "version": 99}})):
+        path.write_text(content)
+        aside = exchange(launch("b", "ab", 2), fact("b"), tmp_path)[1]
+        assert aside is not None and "another release" in aside
+
+
+def test_a_leader_that_is_started_again_while_all_wait_hears_them_anew(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER / "job-1"
+    folder.mkdir(parents=True)
+    first = shared._Meeting(launch("a", "abc", 3), fact("a"), folder, time.time)
+    met = threading.Event()
+
+    def dying() -> None:
+        while not (first._gather() or len(first.offsets) > 0):
+            first._write()
+            time.sleep(0.02)
+        met.set()
+
+    found: dict[str, Outcome] = {}
+    others = threading.Thread(target=lambda: found.update(meet(tmp_path, "abc", 3, present="bc", late_s={"c": 1.0})))
+    thread = threading.Thread(target=dying)
+    for one in (thread, others):
+        one.start()
+    assert met.wait(30)
+    found |= meet(tmp_path, "abc", 3, present="a")
+    others.join(60)
+    assert agreed(found).good == tuple("abc")
+
+
+@given(seed=st.integers(0, 2**32), needed=st.integers(1, 5), lives=st.lists(LIVES, min_size=1, max_size=5))
+@settings(max_examples=60)
+def test_however_nodes_stall_die_and_come_back_there_is_one_verdict(
+    seed: int, needed: int, lives: list[list[int]]
+) -> None:
+    """Among them the first node that stalls for longer than the others wait for it, at each of its looks at a file."""
+    nodes = "abcde"[: len(lives)]
+    needed = min(needed, len(nodes))
+    turns = Turns(seed)
+    with tempfile.TemporaryDirectory() as folder, turns.of_shared():
+        programs: dict[str, Program] = {}
+        for node, dies in zip(nodes, lives, strict=True):
+            meeting = replace(launch(node, nodes, needed, timeout_s=20.0), quiet_s=10.0)
+            body = partial(exchange, meeting, fact(node), Path(folder), lambda: turns.now)
+            programs[node] = turns.start(body, [*dies, None])
+        turns.finish()
+    outcomes = [{node: outcome} for node, program in programs.items() for outcome in program.outcomes]
+    assert len(outcomes) >= len(nodes) and turns.links == 1
+    assert all(agreed(outcome) == agreed(outcomes[0]) for outcome in outcomes)
 
 
 def test_what_cannot_be_read_excludes_the_node_that_wrote_it(tmp_path: Path) -> None:
@@ -179,6 +258,11 @@ def test_what_cannot_be_read_excludes_the_node_that_wrote_it(tmp_path: Path) -> 
     (folder / "c.json").write_text(json.dumps({"format": {"name": "preflight-node", "version": 99}}))
     verdict = agreed(meet(tmp_path, "abc", 2, present="ab", timeout_s=5.0))
     assert "another release" in verdict.excluded["c"]
+
+
+def test_what_is_torn_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER / "job-1"
+    folder.mkdir(parents=True)
     (folder / "c.json").write_text('{"torn')
     assert "did not answer" in agreed(meet(tmp_path, "abc", 2, present="ab", timeout_s=1.0)).excluded["c"]
 

@@ -81,9 +81,7 @@ class Play:
         self.all_reduce(step)
         self.heartbeat.at("record", step)
         if self.rank == 0:
-            (self.folder / "saving").write_text(str(step + 1))
-            (self.folder / "saving").rename(self.folder / "saved")
-            with open(self.folder / "done", "a") as file:
+            with open(self.folder / "done", "a") as file:  # one write: whole or not at all, whenever it is killed
                 file.write(f"{self.attempt} {step}\n")
         self.heartbeat.at("save", step + 1)
         if self.asked and not self.content.get("deaf"):
@@ -97,8 +95,8 @@ class Play:
         time.sleep(self.content.get("step_s", 0.01))
 
     def saved(self) -> int:
-        path = self.folder / "saved"
-        return int(path.read_text()) if path.exists() else 0
+        path = self.folder / "done"
+        return 1 + int(path.read_text().split()[-1]) if path.exists() else 0
 
     def strike(self, step: int | str) -> None:
         for number, fault in enumerate(self.content.get("faults", ())):
@@ -110,6 +108,8 @@ class Play:
 
 
 def strike(what: str, play: Play) -> None:
+    from pretrain.attempt import ExitClass, record_exit
+
     if what == "exception":
         raise RuntimeError("cosmic ray")
     if what == "interpreter locked":
@@ -127,6 +127,19 @@ def strike(what: str, play: Play) -> None:
     elif what == "secret":
         print(f"the key is {os.environ['A_SECRET_KEY']}", flush=True)
         raise RuntimeError(f"the key {os.environ['A_SECRET_KEY']} is wrong")
+    elif what.startswith("watchdog: "):
+        where = "[rank0]:[E817 17:40:34.227531918 ProcessGroupNCCL.cpp:1515] [PG 0 (default_pg) Rank 0]"
+        error = f"Process group watchdog thread terminated with exception: {what.removeprefix('watchdog: ')}\n"
+        frames = "frame #1: c10d::ProcessGroupNCCL::ncclCommWatchdog() + 0x14d (0x7fbe in libtorch_cuda.so)\n" * 50
+        os.write(2, f"{where} {error}{frames}".encode())
+        os.abort()
+    elif what == "device":  # it says so, later than those that it lost; and never ends
+        time.sleep(0.3)
+        known: dict[str, Any] = {"kind": "device", "step": play.heartbeat.step}
+        path = play.run_dir / "attempts" / f"{play.attempt:04d}"
+        record_exit(path, ExitClass.FAULT, "uncorrectable ECC error", play.rank, **known)
+        play.heartbeat.at("end")
+        time.sleep(FOR_EVER_S)
     elif what == "exit":
         print("going home", file=sys.stderr, flush=True)
         os._exit(7)

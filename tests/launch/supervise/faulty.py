@@ -19,6 +19,7 @@ FAULT_FILE = "FAULT_FILE_OF_A_TEST"
 HERE = "tests.launch.supervise.faulty"
 #: Longer than any test runs.
 FOR_EVER_S = 3600
+DEVICE = {"uncorrectable ECC error encountered": 214, "an illegal memory access was encountered": 700}
 
 
 def inject() -> None:
@@ -48,8 +49,14 @@ def strike(what: str) -> None:
         time.sleep(FOR_EVER_S)
     elif what == "no memory":
         raise MemoryError("no more of it")
+    elif what in DEVICE:  # as torch raises it
+        import torch
+
+        error = torch.AcceleratorError(f"CUDA error: {what}")
+        error.error_code = DEVICE[what]  # type: ignore[attr-defined]
+        raise error
     elif what == "segmentation fault":
-        signal.pthread_kill(signal.pthread_self(), signal.SIGSEGV)
+        signal.raise_signal(signal.SIGSEGV)
     elif what == "exit":
         print("going home", file=sys.stderr, flush=True)
         os._exit(7)

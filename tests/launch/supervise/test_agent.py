@@ -105,6 +105,33 @@ def test_a_run_that_goes_well_is_one_attempt_with_the_environment_of_torchrun(st
         assert text.split(" ", 1)[1] == f"out rank {rank} of 3\n"
 
 
+TIMED_OUT = "watchdog: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5, OpType=ALLREDUCE)"
+
+
+def test_a_rank_that_nccl_ended_is_not_blamed_for_the_device_of_another_which_never_ends(stage: Stage) -> None:
+    stage.play(fault(0, 5, TIMED_OUT), fault(1, 5, "device"))
+    assert stage.run() == 0
+    assert (stage.exit(1).kind, stage.exit(1).rank, stage.exit(1).cause) == ("device", 1, "uncorrectable ECC error")
+
+
+def test_a_rank_that_said_why_it_failed_and_never_ends_is_not_waited_for(stage: Stage) -> None:
+    stage.play(fault(1, 5, "device"))
+    before = time.monotonic()
+    assert stage.run() == 0
+    assert stage.exit(1).kind == "device" and time.monotonic() - before < heartbeats.UNKNOWN_S
+
+
+def test_a_rank_that_nccl_ended_for_its_own_device_says_so_and_one_whose_peers_are_silent_blames_nobody(
+    stage: Stage,
+) -> None:
+    ecc = "watchdog: CUDA error: uncorrectable ECC error encountered"
+    stage.play(fault(0, 5, ecc), fault(0, 6, TIMED_OUT), fault(0, 7, "SIGABRT"))
+    assert stage.run() == 0
+    found = [(stage.exit(attempt).kind, stage.exit(attempt).rank) for attempt in (1, 2, 3)]
+    assert found == [("device", 0), ("store", None), ("signal", 0)]
+    assert "cudaErrorECCUncorrectable" in stage.exit(1).cause and "collective operation timeout" in stage.exit(2).cause
+
+
 NOTICED = {
     "killed": ("SIGKILL", "signal", "rank 1 was killed by SIGKILL"),
     "crashed": ("SIGSEGV", "signal", "rank 1 was killed by SIGSEGV"),

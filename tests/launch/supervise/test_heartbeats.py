@@ -15,6 +15,9 @@ import pytest
 
 from launch.supervise import stacks
 from launch.supervise.heartbeats import (
+    AMOUNTS,
+    FIRST_S,
+    KNOWN_AFTER,
     LEAST_LONG_S,
     LEAST_S,
     LONG_S,
@@ -57,8 +60,8 @@ def test_durations_are_handed_over_once_and_the_newest_are_kept(page: int) -> No
     heart.at("compute", 0)
     time.sleep(0.02)
     heart.at("record", 0)
-    (took,) = pulse.new_durations()["compute"]
-    assert 0.02 <= took < 5 and pulse.new_durations() == {}
+    ((took, work),) = pulse.new_durations()["compute"]
+    assert 0.02 <= took < 5 and work == 0.0 and pulse.new_durations() == {}
     for step in range(3 * RING):
         heart.at("compute", step)
         heart.at("read", step)
@@ -67,10 +70,26 @@ def test_durations_are_handed_over_once_and_the_newest_are_kept(page: int) -> No
     assert set(found) <= set(PHASES)
 
 
+def test_a_rank_says_how_much_work_a_step_is_and_each_phase_keeps_its_own(page: int) -> None:
+    pulse, heart = Pulse(page), Heartbeat.from_environment()
+    heart.at("read", 0)
+    heart.works(3e9, 7)
+    beat = pulse.read()
+    assert beat is not None and (beat.beats, beat.phase, beat.step, beat.work, beat.setup) == (1, "read", 0, 3e9, 7)
+    heart.at("compute", 0)
+    heart.at("read", 1)
+    heart.works(5e15, 7)
+    heart.at("compute", 1)
+    heart.at("record", 1)
+    found = {phase: [work for _, work in took] for phase, took in pulse.new_durations().items()}
+    assert found == {"read": [3e9, 5e15], "compute": [3e9, 5e15]}
+
+
 def test_without_an_agent_a_beat_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     heart = Heartbeat.from_environment()
     heart.at("compute", 3)
+    heart.works(1.0, 1)
     assert heart.step is None
 
 
@@ -95,29 +114,83 @@ def test_a_reader_never_meets_half_a_beat(page: int) -> None:
         thread.join()
 
 
+def took(seconds: float, times: int = 1, work: float = 0.0) -> list[tuple[float, float]]:
+    return [(seconds, work)] * times
+
+
 def test_patience_is_three_times_the_99th_percentile_and_three_seconds_at_least() -> None:
     patience = Patience()
     assert patience.limit("compute", 99) == UNKNOWN_S and patience.limit("load", 0) == STARTING_S
-    patience.learn({"compute": [0.01] * 7})
+    patience.learn({"compute": took(0.01, 7)})
     assert patience.limit("compute", 99) == UNKNOWN_S, "seven say nothing yet"
-    patience.learn({"compute": [0.01]})
+    patience.learn({"compute": took(0.01)})
     assert patience.limit("compute", 99) == LEAST_S
-    patience.learn({"read": [5.0] * 99 + [60.0]})
+    patience.learn({"read": took(5.0, 99) + took(60.0)})
     assert patience.limit("read", 99) == pytest.approx(15.0), "one of a hundred that took long does not count"
     assert patience.limit("save", 0) == LONG_S, "of a disk nothing is known"
-    patience.learn({"save": [5.0] * 8})
+    patience.learn({"save": took(5.0, 8)})
     assert patience.limit("save", 99) == LEAST_LONG_S
-    assert patience.limit("compute", 0) == 30, "the first step of an attempt may take longer"
+    assert patience.limit("compute", 0) == FIRST_S, "the first step of an attempt may take longer"
     told = Patience(hang_s=1.5)
     assert told.limit("compute", 0) == 1.5 and told.limit("start", 0) == STARTING_S
 
 
-def test_ten_thousand_clean_steps_raise_no_alarm() -> None:
-    chance, patience = random.Random(3), Patience()
-    for step in range(10_000):
-        took = 2.0 * math.exp(chance.gauss(0, 0.25)) + (2.0 if step % 100 == 99 else 0.0)
-        assert took <= patience.limit("compute", step), f"step {step} took {took:.1f} s"
-        patience.learn({"compute": [took]})
+def test_a_step_of_more_work_has_more_time_from_the_first_and_one_of_less_not_less() -> None:
+    patience = Patience()
+    patience.learn({"compute": took(4.0, 100, work=1e15), "save": took(40.0, 8, work=1e15)})
+    assert patience.limit("compute", 99, 1e15) == pytest.approx(12.0)
+    assert patience.limit("compute", 99, 16e15) == pytest.approx(16 * 12.0)
+    assert patience.limit("compute", 99, 0.1e15) == FIRST_S
+    assert patience.limit("save", 99, 16e15) == pytest.approx(120.0), "a checkpoint is as large as before"
+    patience.learn({"compute": took(70.0, KNOWN_AFTER, work=16e15)})
+    assert patience.limit("compute", 99, 16e15) == pytest.approx(210.0), "known, and not guessed any more"
+    patience.learn({"compute": took(0.5, KNOWN_AFTER, work=0.1e15)})
+    assert patience.limit("compute", 99, 0.1e15) == LEAST_S, "and a hang is noticed as soon as ever"
+
+
+def test_another_layout_or_configuration_is_learnt_anew_and_the_same_is_not() -> None:
+    patience = Patience()
+    patience.learn({"compute": took(0.1, 20, work=1.0)}, setup=5)
+    patience.learn({"start": took(9.0)})  # the next attempt, which has not said yet what it is
+    patience.learn({"read": took(0.1, work=1.0)}, setup=5)
+    assert patience.limit("compute", 99, 1.0) == LEAST_S
+    patience.learn({"read": took(0.1, work=1.0)}, setup=6)
+    assert patience.limit("compute", 0, 1.0) == UNKNOWN_S
+
+
+def test_a_batch_that_grows_with_every_step_is_followed_and_not_remembered_for_ever() -> None:
+    patience = Patience()
+    patience.learn({"compute": took(10.0, 50, work=100.0)})
+    for work in range(101, 1000):
+        assert patience.limit("compute", 99, work) == pytest.approx(max(FIRST_S, 0.3 * work)), "by what is known"
+        patience.learn({"compute": took(0.1 * work, work=work)})
+    assert len(patience._seen["compute"]) == AMOUNTS
+
+
+def curriculum() -> list[tuple[float, float]]:
+    """Seconds and work of steps: longer windows (attention costs the square), a longer batch, and back again."""
+    chance, steps = random.Random(3), []
+    for windows, length in ((64, 512), (64, 8192), (256, 8192), (16, 1024), (64, 512)):
+        work = windows * length * (1.0 + length / 4096)
+        for step in range(2000):
+            seconds = (0.2 + 1e-5 * work) * math.exp(chance.gauss(0, 0.25)) + (1.0 if step % 100 == 99 else 0.0)
+            steps.append((seconds, work))
+    return steps
+
+
+def test_ten_thousand_clean_steps_of_a_curriculum_raise_no_alarm() -> None:
+    patience = Patience()
+    for step, (seconds, work) in enumerate(curriculum()):
+        assert seconds <= patience.limit("compute", step, work), f"step {step} took {seconds:.1f} s"
+        patience.learn({"compute": [(seconds, work)]})
+    assert patience.limit("compute", 99, curriculum()[-1][1]) < 10
+
+
+def test_the_curriculum_would_be_a_hang_to_who_looks_at_seconds_alone() -> None:
+    patience = Patience()
+    steps = curriculum()[:2001]
+    patience.learn({"compute": [(seconds, 0.0) for seconds, _ in steps[:2000]]})
+    assert steps[-1][0] > patience.limit("compute", 99)
 
 
 def test_time_in_which_the_agent_itself_was_not_running_is_no_silence_of_a_rank() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from launch.supervise.causes import PREEMPTED, Cause, fault, killed, most_telling
 from launch.supervise.policy import WITHOUT_PROGRESS, Decision, Policy
 from pretrain.attempt import KINDS, ExitClass
+from pretrain.diagnosis import device_error, device_fingerprint
 
 KILLED = killed(1, 9, 7, "a", no_memory=False)
 SAME = fault("exception", "cosmic ray", rank=0, step=5, fingerprint="ray, 5")
@@ -35,6 +36,27 @@ def test_a_rank_that_is_killed_from_outside_twice_at_one_step_is_not_the_same_fa
     assert decided((KILLED, 7), (KILLED, 8)) == [True, True]
     crashed = killed(1, 11, 7, "a", no_memory=False)
     assert decided((crashed, 7), (crashed, 8)) == [True, False]
+
+
+def test_hardware_that_fails_twice_at_a_step_is_not_the_same_failure_and_an_illegal_address_is() -> None:
+    def device(code: int) -> Cause:
+        found = device_error("", code)
+        assert found is not None
+        return fault("device", found.name, rank=1, step=7, fingerprint=device_fingerprint(found, 1, 7))
+
+    assert decided((device(214), 7), (device(214), 8)) == [True, True]
+    assert decided((device(700), 7), (device(700), 8)) == [True, False]
+    assert decided((device(700), 7), (device(719), 8), (device(700), 9)) == [True, True, True]
+
+
+def test_a_device_is_to_blame_before_what_followed_from_it_on_other_ranks() -> None:
+    device = fault("device", "ECC", rank=5)
+    aborted = killed(1, 6, 7, "a", False, "ProcessGroupNCCL.cpp:1515] Watchdog caught collective operation timeout: x")
+    assert (aborted.kind, aborted.rank, aborted.fingerprint) == ("store", None, None)
+    others = [aborted, killed(2, 6, 7, "b", no_memory=False), SAME, fault("hang", "", rank=3, beats=1)]
+    for order in ([*others, device], [device, *others]):
+        assert most_telling(order) is device
+    assert killed(1, 6, 7, "a", False, "free(): invalid pointer, Broken pipe").kind == "signal"
 
 
 def test_out_of_memory_is_tried_once_more_and_counts_anew_after_another_fault() -> None:

@@ -111,6 +111,16 @@ def test_a_rank_that_blames_itself_takes_the_place_of_one_that_only_lost_it(tmp_
     assert read_exit(tmp_path) == Exit(ExitClass.FAULT, "KeyError", 1, "exception", 3, "a", "f")
 
 
+def test_a_device_that_failed_takes_the_place_of_the_errors_that_it_caused_elsewhere_and_keeps_it(
+    tmp_path: Path,
+) -> None:
+    assert record_exit(tmp_path, ExitClass.FAULT, "ncclInternalError", 0, kind="exception", step=3)
+    assert record_exit(tmp_path, ExitClass.FAULT, "ECC error", 2, kind="device", step=3, host="a")
+    assert not record_exit(tmp_path, ExitClass.FAULT, "ncclInternalError", 1, kind="exception", step=3)
+    assert not record_exit(tmp_path, ExitClass.FAULT, "illegal address", 3, kind="device", step=3)
+    assert read_exit(tmp_path) == Exit(ExitClass.FAULT, "ECC error", 2, "device", 3, "a")
+
+
 def test_version_1_of_exit_json_is_still_read(tmp_path: Path) -> None:
     (tmp_path / "exit.json").write_text(
         '{"format": {"name": "exit", "version": 1}, "class": "stopped", "cause": "step 7", "rank": null}'

@@ -49,6 +49,7 @@ def test_p5_a_rank_killed_and_one_stopped_cost_an_attempt_each_and_change_nothin
     [
         pytest.param("exception", "exception", marks=pytest.mark.verify),
         pytest.param("no memory", "oom", marks=pytest.mark.verify),
+        pytest.param("uncorrectable ECC error encountered", "device", marks=pytest.mark.verify),
         pytest.param("segmentation fault", "signal", marks=pytest.mark.verify),
         pytest.param("exit", "exception", marks=pytest.mark.verify),
         pytest.param("interpreter locked", "hang", marks=pytest.mark.verify),
@@ -67,15 +68,18 @@ def test_p5_a_fault_inside_of_a_rank_is_named_and_changes_nothing(
 
 
 @pytest.mark.verify
+@pytest.mark.parametrize(
+    ("what", "kind"), [("exception", "exception"), ("an illegal memory access was encountered", "device")]
+)
 def test_a_fault_that_comes_back_stops_the_run_after_two_attempts(
-    whole: Scene, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    what: str, kind: str, whole: Scene, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = cut(whole, "deterministic")
-    run.faults(monkeypatch, rank=0, step=9, what="exception", once=False)
+    run = cut(whole, f"deterministic-{kind}")
+    run.faults(monkeypatch, rank=0, step=9, what=what, once=False)
     assert run.run() == 1
     assert attempts(run.root) == [1, 2]
     assert "fault: the same failure twice" in capfd.readouterr().err
-    assert run.journal("stop")[0]["kind"] == "exception"
+    assert run.journal("stop")[0]["kind"] == kind
 
 
 @pytest.mark.verify

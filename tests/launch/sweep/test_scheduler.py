@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.supervise.heartbeats import Patience
 from launch.sweep.history import Outcome, state
-from launch.sweep.ledger import Ledger
+from launch.sweep.ledger import Ledger, Trial
 from launch.sweep.run import sweep
 from launch.sweep.scheduler import Scheduler, Summary
+from launch.sweep.vigil import Vigil
 from pretrain import events
-from pretrain.rundir import attempts
+from pretrain.attempt import read_exit
+from pretrain.heartbeat import VARIABLE, Heartbeat
+from pretrain.rundir import attempt_path, attempts
 from stoker.errors import Refusal
 from tests.launch.sweep.sweeps import again, command, family, forks, gone, planned, until, write
 
@@ -132,6 +137,59 @@ def test_one_run_killed_with_9_is_recorded_and_started_again(tmp_path: Path) -> 
     assert found.states[1].outcome is Outcome.DONE and found.states[1].attempts == 2
     history = ledger.history(ledger.trials[0]).read_text()
     assert killed and "killed by SIGKILL" in history
+
+
+def test_a_run_that_hangs_or_is_stopped_is_ended_and_named_while_others_go_on(tmp_path: Path) -> None:
+    ledger = planned(tmp_path, base={"launch.hang_s": 0.7}, seeds=5)
+    found = run(ledger, "standing", count=3)
+    _, hung, stopped, always, early = ledger.trials
+    assert [found.states[n].outcome for n in range(1, 6)] == [Outcome.DONE] * 3 + [Outcome.BROKEN, Outcome.DONE]
+    ends = {trial.number: [read_exit(path) for path in _attempts(ledger, trial)] for trial in ledger.trials}
+    kinds = {number: [end.kind for end in ended if end is not None] for number, ended in ends.items()}
+    assert kinds == {1: ["done"], 2: ["hang", "done"], 3: ["stopped", "done"], 4: ["hang"] * 2, 5: ["done"]}
+    for trial in (hung, always):
+        end = ends[trial.number][0]
+        assert end is not None and end.step == 2 and end.rank == 0
+        assert "no progress for" in end.cause and "compute of step 2" in end.cause and "_sleep_for_ever" in end.cause
+        assert "in _sleep_for_ever" in (ledger.run_dir(trial) / end.stacks[0]).read_text()
+    assert "in compute of step 2" in ledger.history(hung).read_text()
+    assert "SIGSTOP" in ledger.history(stopped).read_text()
+    assert "no progress for" in ledger.history(early).read_text(), "it hung before it had a directory"
+
+
+def test_the_process_that_runs_are_forked_from_is_replaced_when_it_is_stopped(tmp_path: Path) -> None:
+    ledger = planned(tmp_path, base={"run.steps": 150}, seeds=[1])
+
+    def stop() -> None:
+        until(lambda: (ledger.run_dir(ledger.trials[0]) / events.METRICS).exists(), "it trains")
+        (server,) = [p for p in psutil.Process().children() if "launch.sweep.server" in " ".join(p.cmdline())]
+        server.suspend()
+
+    found = run(ledger, "slow", meanwhile=stop)
+    assert found.states[1].outcome is Outcome.DONE and found.states[1].attempts == 2
+
+
+def test_a_run_without_a_limit_of_its_own_has_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However quick its steps are: a run of a sweep shares the machine, and nobody waits for it."""
+    vigil = Vigil(Patience(), None)
+    monkeypatch.setenv(VARIABLE, f"/proc/self/fd/{vigil.descriptors[0]}")
+    heartbeat = Heartbeat.from_environment()
+    for step in range(50):
+        heartbeat.at("compute", step)
+        heartbeat.at("record", step)
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        looks, pidfd = 0, os.pidfd_open(child.pid)
+        while vigil.look(child.pid, pidfd, 0.5) is None:
+            looks += 1
+        child.kill()
+        os.close(pidfd)
+    vigil.close()
+    assert looks == 60 + 1, "half a second at each look, and the first hears a beat"
+
+
+def _attempts(ledger: Ledger, trial: Trial) -> list[Path]:
+    run_dir = ledger.run_dir(trial)
+    return [attempt_path(run_dir, number) for number in attempts(run_dir)]
 
 
 def test_a_second_command_on_a_sweep_is_refused_while_one_runs(tmp_path: Path) -> None:

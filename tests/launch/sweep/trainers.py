@@ -11,8 +11,10 @@ from pretrain import events
 from pretrain.attempt import ExitClass
 from pretrain.config import RunConfig, load
 from pretrain.events import StepEvent, Timing
+from pretrain.heartbeat import Heartbeat
 from pretrain.run import World, validate
 from pretrain.rundir import Attempt, begin
+from tests.launch import leaky
 
 
 def loss_of(config: RunConfig, step: int) -> float:
@@ -59,6 +61,44 @@ def broken(arguments: Sequence[str]) -> int:
         return seed if seed == 3 else 2
     attempt.finish(ExitClass.DONE)
     return 0
+
+
+def standing(arguments: Sequence[str]) -> int:
+    """With a heartbeat, by seed: 0 is done, 1 hangs once, 2 is stopped once, 3 always hangs at the same step, 4 hangs
+    once before it has begun."""
+    heartbeat = Heartbeat.from_environment()
+    heartbeat.at("read")
+    seed = load(arguments[0], arguments[1:]).run.seed
+    if seed == 4 and not os.path.exists(mark := f"{load(arguments[0], arguments[1:]).run_dir}.tried"):
+        open(mark, "w").close()
+        _sleep_for_ever()
+    config, attempt = _begun(arguments)
+    for step in range(config.run.steps):
+        heartbeat.at("compute", step)
+        if step == 2 and (seed == 3 or (seed == 1 and attempt.number == 1)):
+            _sleep_for_ever()
+        if step == 2 and seed == 2 and attempt.number == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        _record(config, attempt, step)
+        heartbeat.at("record", step)
+    attempt.finish(ExitClass.DONE)
+    return 0
+
+
+def leaking(arguments: Sequence[str]) -> int:
+    """Prints every secret that it has, raises an error that holds them, and has said why it ended."""
+    _, attempt = _begun(arguments)
+    try:
+        leaky.tell()
+    except RuntimeError as error:
+        attempt.finish(ExitClass.FAULT, str(error), 0)
+        raise
+    return 0
+
+
+def _sleep_for_ever() -> None:
+    while True:
+        time.sleep(1000)
 
 
 def _begun(arguments: Sequence[str]) -> tuple[RunConfig, Attempt]:

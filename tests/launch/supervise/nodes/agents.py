@@ -79,7 +79,8 @@ class Wire:
 
 @dataclass
 class Pretend:
-    """An agent whose ranks run until it is told otherwise. ``met``: its attempts, as (number, place)."""
+    """An agent whose ranks run until it is told otherwise. ``met``: its attempts, as (number, place); ``last_words``:
+    what it tells as it ends."""
 
     node: Several
     met: list[tuple[int, int]] = field(default_factory=list)
@@ -88,6 +89,7 @@ class Pretend:
     fault: Cause | None = None
     asked: bool = False
     dead: bool = False
+    last_words: Sequence[str] = ()
 
     def loop(self) -> None:
         while True:
@@ -106,6 +108,8 @@ class Pretend:
                 self.ended = decision
                 break
         if self.ended is not None:
+            for text in self.last_words:
+                self.node.told("end", text=text)
             self.node.close(self.ended)
 
     def is_dead(self) -> bool:
@@ -130,7 +134,14 @@ class Pretend:
 class Launch:
     """``domains``: of each node; nodes at ``spares`` wait. Every pair of nodes has wires of its own."""
 
-    def __init__(self, run_dir: Path, count: int, spares: Sequence[int] = (), domains: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        count: int,
+        spares: Sequence[int] = (),
+        domains: Sequence[int] = (),
+        addresses: Sequence[str] = (),
+    ) -> None:
         roles = [Role(domains[i] if domains else None, i in spares) for i in range(count)]
         ports, hosts = free_ports(count), tuple(f"n{i}" for i in range(count))
         self.wires = {(i, j): Wire(ports[j]) for i in range(count) for j in range(count) if i != j}
@@ -139,7 +150,16 @@ class Launch:
         for i in range(count):
             ways = tuple(ports[j] if i == j else self.wires[i, j].port for j in range(count))
             facts = Facts(
-                hosts, ("127.0.0.1",) * count, ways, roles, frozenset(range(count)), 2, run_dir, 100, 5.0, TOKEN
+                hosts,
+                tuple(addresses) or ("127.0.0.1",) * count,
+                ways,
+                roles,
+                frozenset(range(count)),
+                2,
+                run_dir,
+                100,
+                5.0,
+                TOKEN,
             )
             self.agents.append(Pretend(Several(facts, i)))
         for agent in self.agents:

@@ -11,20 +11,26 @@ from typing import Any
 import pytest
 
 from launch.launching.job import Role
-from launch.supervise import causes, leader, records
+from launch.supervise import causes, journal, leader, records
 from launch.supervise.causes import Cause
 from launch.supervise.leader import Facts, Leader
+from pretrain.attempt import read_exit
+from pretrain.rundir import attempt_path
 from tests.launch.supervise.nodes.agents import launched, until
 
 
 class Ear:
-    """The other end of a connection: what the leader said."""
+    """The other end of a connection: what the leader said. Where ``answers``, it confirms what is to be."""
 
     def __init__(self) -> None:
         self.heard: list[Mapping[str, Any]] = []
+        self.answers = True
+        self.unanswered: list[int] = []
 
     def send(self, message: Mapping[str, Any]) -> None:
         self.heard.append(message)
+        if "confirm" in message:
+            self.unanswered.append(message["confirm"])
 
     def close(self) -> None:
         pass
@@ -61,8 +67,10 @@ class Scene:
     def turn(self, seconds: float = 0.3) -> None:
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s:
-            for seat in self.leader.seats.values():
+            for node, seat in self.leader.seats.items():
                 seat.heard = time.monotonic()
+                while self.ears[node].answers and self.ears[node].unanswered:
+                    self.leader.take(node, {"confirmed": self.ears[node].unanswered.pop()})
             self.leader.tick()
             time.sleep(0.01)
 
@@ -79,7 +87,9 @@ class Scene:
 def scene(tmp_path: Path) -> Scene:
     scene = Scene(tmp_path / "run")
     scene.ready(0, 1, 2)
-    scene.turn()
+    begun = time.monotonic()
+    while scene.attempt() is None and time.monotonic() - begun < 20:  # the run's files are opened
+        scene.turn(0.05)
     assert scene.attempt() == 1 and [ear.place for ear in scene.ears] == [0, 1, None]
     return scene
 
@@ -95,6 +105,29 @@ def test_a_connection_that_is_lost_is_judged_once(scene: Scene) -> None:
     scene.turn()
     assert scene.attempt() == 2
     assert scene.leader._policy.restarts == 1 and scene.leader._faults == {1: 1}, "the leader's host is blameless"
+
+
+def test_a_leader_that_nobody_hears_any_more_blames_nobody(scene: Scene) -> None:
+    """It hears the others close their connections, one after the other."""
+    for ear in scene.ears[1:]:
+        ear.answers = False
+    scene.leader.leave(1, "the connection was closed")
+    scene.found(0, None, 1)
+    scene.turn()
+    scene.leader.leave(2, "the connection was closed")
+    scene.turn()
+    assert read_exit(attempt_path(scene.leader.facts.run_dir, 1)) is None and scene.leader._policy.restarts == 0
+
+
+def test_a_lost_node_is_judged_once_the_others_have_answered(scene: Scene) -> None:
+    scene.ears[2].answers = False
+    scene.leader.leave(1, "a cable")
+    scene.found(0, None, 1)
+    scene.turn()
+    assert scene.leader._policy.restarts == 0
+    scene.ears[2].answers = True
+    scene.turn()
+    assert scene.leader._policy.restarts == 1
 
 
 def test_a_node_that_never_gets_ready_is_replaced(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +232,55 @@ def test_a_spare_waits_until_the_others_have_saved(tmp_path: Path) -> None:
             agent.fault = causes.PREEMPTED
         until(lambda: all(agent.ended for agent in launch.agents))
         assert {agent.ended.code for agent in launch.agents if agent.ended} == {4}
+
+
+def test_words_that_come_when_the_others_have_left_are_written(scene: Scene, tmp_path: Path) -> None:
+    for node in (0, 1):
+        scene.found(node, causes.DONE, 1)
+    scene.turn()
+    assert scene.code() == 0
+    for node in (1, 2):
+        scene.leader.leave(node, "it has left")
+    scene.turn()
+    scene.leader.take(0, {"told": {"event": "end", "fields": {"text": "the run is done"}}})
+    scene.leader.close()
+    until(lambda: journal.read(tmp_path / "run")[-1]["text"] == "the run is done")
+
+
+def cut_off_from(host: str, node: str) -> Cause:
+    return causes.fault("node", f"{node} was cut off from {host}, which led the launch", host=host)
+
+
+def faults(scene: Scene) -> list[tuple[int, str, str]]:
+    lines = journal.read(scene.leader.facts.run_dir)
+    return [(line["attempt"], line["kind"], line["node"]) for line in lines if line["event"] == "fault"]
+
+
+def test_one_that_led_before_another_did_goes_on_from_what_the_other_decided(scene: Scene) -> None:
+    scene.leader.leave(1, "cut off")
+    scene.leader.leave(2, "cut off")  # n1 and n2 go on by themselves with attempt 2, led by n1, which is then lost
+    scene.turn(0.1)
+    memory = {**scene.leader._memory, "attempt": 2, "places": {0: 2, 1: 1}, "faults": {0: 1}}
+    scene.leader.join(2, scene.ears[2], {"memory": memory})  # type: ignore[arg-type]
+    scene.ready(0)
+    scene.ready(2, cause=cut_off_from("n1", "n2"), attempt=2)
+    scene.turn(leader.SETTLE_S + 0.5)
+    assert scene.attempt() == 3 and scene.leader._policy.restarts == 1
+    assert [scene.ears[node].place for node in (0, 2)] == [1, 0]
+    until(lambda: read_exit(attempt_path(scene.leader.facts.run_dir, 2)) is not None)
+    ended = read_exit(attempt_path(scene.leader.facts.run_dir, 2))
+    assert ended is not None and (ended.kind, ended.host) == ("node", "n1")
+
+
+def test_the_loss_of_a_leader_that_ran_no_rank_is_told(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "run")
+    memory = {**scene.leader._memory, "attempt": 4, "places": {0: 0, 1: 2}}
+    scene.leader.leave(1, "lost")
+    scene.leader.join(2, scene.ears[2], {"memory": memory})  # type: ignore[arg-type]
+    for node in (0, 2):
+        scene.ready(node, cause=cut_off_from("n1", f"n{node}"), attempt=4)
+    while scene.attempt() is None:
+        scene.turn(0.1)
+    assert scene.attempt() == 5
+    until(lambda: bool(faults(scene)))
+    assert faults(scene) == [(4, "node", "n1")]
