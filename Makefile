@@ -6,6 +6,9 @@ VENV   ?= .venv
 PYTEST ?=
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
+# Tests share the processor's cores, except those that start runs and look at the clock: those have it alone. Where
+# PYTEST chooses tests of only one kind, pytest says 5: none of the other.
+SHARED := $(RUN) -m pytest -n logical --dist loadfile -m
 
 export OMP_NUM_THREADS ?= 1
 
@@ -22,7 +25,8 @@ data: $(READY) ## build the demo corpus, tokenizer and token stores in data/demo
 	$(RUN) -m dataio.demo data/demo
 
 test: lint ## every promise in a form that can fail, on CPU
-	$(RUN) -m pytest -m "not verify" $(PYTEST)
+	$(SHARED) "not verify and not alone" $(PYTEST) || test $$? -eq 5
+	$(RUN) -m pytest -m "not verify and alone" $(PYTEST) || test $$? -eq 5
 
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .
@@ -33,7 +37,8 @@ kernels: $(READY) ## compile the kernels for this processor and, with nvcc, for 
 
 verify: lint ## the whole of it, long tests included
 	$(RUN) -m kernels.toolchain --check
-	$(RUN) -m pytest --hypothesis-profile verify $(PYTEST)
+	$(SHARED) "not alone" --hypothesis-profile verify $(PYTEST) || test $$? -eq 5
+	$(RUN) -m pytest -m alone --hypothesis-profile verify $(PYTEST) || test $$? -eq 5
 
 gpu-check: $(READY) ## the tests that need a GPU; skips with the reason where there is none
 	$(RUN) -m pytest -m gpu -s -rs $(PYTEST)

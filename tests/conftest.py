@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -21,7 +23,14 @@ settings.register_profile("verify", deadline=None, max_examples=1000, print_blob
 settings.load_profile("suite")
 
 
+#: Folders whose tests start runs and look at the clock.
+ALONE = [Path(__file__).parent / folder for folder in ("faults", "launch")]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(folder in item.path.parents for folder in ALONE):
+            item.add_marker(pytest.mark.alone)
     needing = [item for item in items if item.get_closest_marker("gpu")]
     reason = _no_gpu() if needing else None
     if reason is not None:

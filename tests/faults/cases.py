@@ -61,9 +61,12 @@ def stopped(bench: Bench) -> Outcome:
         return bench.judge(run, run.finish())
 
 
-def hangs(bench: Bench, what: str, phase: str, rank: int = 1) -> Outcome:
-    """``what``: the interpreter locked for ever, or a sleep. All ranks leave stacks before anything is killed."""
-    with bench.run(what.replace(" ", "-")) as run:
+def hangs(bench: Bench, what: str, phase: str, rank: int = 1, known: int = 0) -> Outcome:
+    """``what``: the interpreter locked for ever, or a sleep. All ranks leave stacks before anything is killed.
+    ``known``: checkpoints that there must be before, from which the run knows how long one takes."""
+    with bench.run(f"{what.replace(' ', '-')}-{phase}") as run:
+        run.pace(STRIKING_S)
+        run.wait(lambda: len(committed_steps(run.root)) >= known, f"{known} checkpoints")
         run.happen(rank, phase, what, HANG)
         outcome = bench.judge(run, run.finish())
         ended = read_exit(attempt_path(run.root, run.strikes[0].attempt))
@@ -114,8 +117,9 @@ def not_a_number(bench: Bench) -> Outcome:
 
 
 def flipped_bit(bench: Bench) -> Outcome:
-    """A bit of a weight of one rank is another before an update: no rank applies it, and the run goes back."""
-    with bench.run("flipped", 2, "guard.hash_every=1") as run:
+    """A bit of a weight of one rank is another before an update: no rank applies it, and the run goes back.
+    Of three ranks the two that agree are right."""
+    with bench.run("flipped", 3, "guard.hash_every=1") as run:
         attempt = run.wait_until_warm()
         run.remember()
         fault = run.arm(1, "numbers", "flip", run.next_step("numbers"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import sys
 import time
@@ -131,7 +132,7 @@ def strike(fault: dict[str, Any]) -> None:
     elif what == "eat memory":
         eaten = []
         while True:
-            eaten.append(b"x" * CHUNK)
+            eaten.append(mmap.mmap(-1, CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
     elif what == "clock":
         ctypes.CDLL(None).shift_clock(ctypes.c_long(int(fault["seconds"])))
     else:
