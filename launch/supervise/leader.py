@@ -29,7 +29,8 @@ LOST_S, BEAT_S = 2.0, 0.4
 #: Seconds for all nodes to come to the first attempt before those that are there begin; for nodes that are missing to
 #: come back before the launch gives up; and beyond ``launch.grace_s`` for ranks to end once another node's have.
 START_S, REJOIN_S, CONCLUDE_S = 60.0, 600.0, 30.0
-#: Seconds for nodes of the attempt before to find a new leader, before spares take their places.
+#: Seconds for nodes of the attempt before to find a new leader, before spares take their places. The old leader, which
+#: the others have lost, is not waited for.
 SETTLE_S = 1.5
 #: Seconds between two writings of ``ranks.json``.
 STATES_S = 2.0
@@ -97,6 +98,7 @@ class Leader:
         self._faults: dict[int, int] = {}
         self._running: Running | None = None
         self._pending: dict[int, tuple[int, Cause, int | None]] = {}
+        self._lost_leaders: set[int] = set()
         self._asked: set[int] = set()
         self._run_id = secrets.token_hex(8)
         self._records = Records(facts.run_dir, facts.listeners)
@@ -148,6 +150,8 @@ class Leader:
             seat.ready = ready
             if (cause := ready.get("cause")) and not self._begun:  # else this leader has judged it
                 self._pending[index] = ready["attempt"], Cause.from_dict(cause), ready["step"]
+                if cause["kind"] == "node" and cause["host"] in self.facts.hosts:
+                    self._lost_leaders.add(self.facts.hosts.index(cause["host"]))
         elif (told := message.get("told")) is not None:
             self._told(index, told)
         elif (states := message.get("states")) is not None:
@@ -226,8 +230,9 @@ class Leader:
         first = not self._places
         if first and ready != self.facts.good and now - self._since < START_S:
             return
-        if not first and not self._begun and set(self._places.values()) - ready and now - self._since < SETTLE_S:
-            return
+        if not first and not self._begun and now - self._since < SETTLE_S:
+            if set(self._places.values()) - ready - self._lost_leaders:
+                return
         if self._pending and not self._judge_pending():
             return
         chosen = assign(self.facts.roles, ready - self._asked, self._places, self._faults)
@@ -277,6 +282,7 @@ class Leader:
         facts = self.facts
         self._last_attempt, self._places, self._begun, self._said_waiting = attempt, chosen, True, False
         self._running = Running(attempt, chosen)
+        self._lost_leaders.clear()
         leading = self.seats[chosen[0]].ready
         assert leading is not None
         for place, index in chosen.items():

@@ -28,7 +28,6 @@ def assign(
     over it. A node with ``TOO_MANY_FAULTS`` serves only where nobody else is left.
     """
     homes = [index for index, role in enumerate(roles) if not role.spare]
-    keeps = {node: place for place, node in before.items()} or {node: place for place, node in enumerate(homes)}
     sound = {node for node in ready if faults.get(node, 0) < TOO_MANY_FAULTS}
     chosen: dict[int, int] = {}
     for trusted in (sound, set(ready)):
@@ -37,9 +36,8 @@ def assign(
         for place in empty:
             if (owner := keeps_of(place, homes, before)) in free:
                 chosen[place] = owner
-        waiting = sorted(
-            (node for node in trusted - set(chosen.values()) if keeps.get(node) in (None, *(set(empty) - set(chosen)))),
-            key=lambda node: (not roles[node].spare, faults.get(node, 0), node),
+        waiting = sorted(  # those that had a place and are not chosen have lost it to another
+            trusted - set(chosen.values()), key=lambda node: (not roles[node].spare, faults.get(node, 0), node)
         )
         for place in empty:
             if place in chosen:

@@ -34,8 +34,8 @@ def poisoned(*batches: int) -> Iterator[None]:
     follows: its norm is that of a token, and not of the mean of hundreds."""
     read = Feed.read
 
-    def of_poison(self: Feed, step: int, part: Part) -> tuple[BatchPlan, Batch]:
-        plan, batch = read(self, step, part)
+    def of_poison(self: Feed, step: int, part: Part, *planned: Any) -> tuple[BatchPlan, Batch]:
+        plan, batch = read(self, step, part, *planned)
         if int(plan.sample_id[0]) // WINDOWS in batches:
             mask = np.zeros_like(batch.loss_mask)
             mask.flat[int(np.flatnonzero(batch.loss_mask.ravel())[0])] = True

@@ -284,3 +284,20 @@ def test_the_loss_of_a_leader_that_ran_no_rank_is_told(tmp_path: Path) -> None:
     assert scene.attempt() == 5
     until(lambda: bool(faults(scene)))
     assert faults(scene) == [(4, "node", "n1")]
+
+
+@pytest.mark.parametrize(("lost", "waits"), [("n0", False), ("n1", True)])
+def test_the_leader_that_was_lost_is_not_waited_for_and_others_are(tmp_path: Path, lost: str, waits: bool) -> None:
+    """n0 trained and is not there; it led, or another did."""
+    scene = Scene(tmp_path / "run")
+    memory = {**scene.leader._memory, "attempt": 4, "places": {0: 0, 1: 1}}
+    scene.leader.leave(0, "lost")
+    scene.leader.join(2, scene.ears[2], {"memory": memory})  # type: ignore[arg-type]
+    until(lambda: scene.turn(0.01) or scene.leader._records.is_open)
+    scene.join(2)
+    for node in (1, 2):
+        scene.ready(node, cause=cut_off_from(lost, f"n{node}"), attempt=4)
+    scene.turn(leader.SETTLE_S / 2)
+    assert scene.attempt() == (None if waits else 5)
+    scene.turn(leader.SETTLE_S)
+    assert scene.attempt() == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,19 @@ def test_places_are_kept_and_filled_inside_their_domain(
     nodes: str, ready: set[int], before: dict[int, int], faults: dict[int, int], expected: dict[int, int] | None
 ) -> None:
     assert assign(roles(nodes), ready, before, faults) == expected
+
+
+def test_every_place_is_filled_wherever_each_domain_has_nodes_enough() -> None:
+    nodes = roles("aaA bbB")
+    befores: list[dict[int, int]] = [{}, {0: 0, 1: 1, 2: 3, 3: 4}, {0: 2, 1: 0, 2: 3, 3: 5}, {0: 1, 1: 2, 2: 5, 3: 4}]
+    for before, trusted, there in product(befores, product((0, 2), repeat=6), product((False, True), repeat=6)):
+        ready = {node for node in range(6) if there[node]}
+        found = assign(nodes, ready, before, dict(enumerate(trusted)))
+        enough = len(ready & {0, 1, 2}) >= 2 and len(ready & {3, 4, 5}) >= 2
+        assert (found is not None) == enough, (before, trusted, ready)
+        if found is not None:
+            assert len(set(found.values())) == 4 and set(found.values()) <= ready
+            assert all(nodes[node].domain == nodes[(0, 1, 3, 4)[place]].domain for place, node in found.items())
 
 
 def test_ten_thousand_devices_are_placed_at_once() -> None:
