@@ -230,9 +230,9 @@ class Leader:
         first = not self._places
         if first and ready != self.facts.good and now - self._since < START_S:
             return
-        if not first and not self._begun and now - self._since < SETTLE_S:
-            if set(self._places.values()) - ready - self._lost_leaders:
-                return
+        awaited = set(self._places.values()) - ready - self._lost_leaders
+        if not first and not self._begun and awaited and now - self._since < SETTLE_S:
+            return
         if self._pending and not self._judge_pending():
             return
         chosen = assign(self.facts.roles, ready - self._asked, self._places, self._faults)
