@@ -1,14 +1,18 @@
 # Every target makes its own environment: nothing is asked of the machine but Python 3.11 or newer and g++.
-# PYTHON: the interpreter that makes the environment.   PYTEST: extra arguments, e.g. make test PYTEST="-x -k layout".
+# PYTHON: the interpreter that makes the environment.   PYTEST: extra arguments, e.g. make test PYTEST="-x -k layout";
+# not -m, which says what `make test` runs.
 
 PYTHON ?= python3
 VENV   ?= .venv
 PYTEST ?=
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
-# Tests share the processor's cores, except those that start runs and look at the clock: those have it alone. Where
-# PYTEST chooses tests of only one kind, pytest says 5: none of the other.
-SHARED := $(RUN) -m pytest -n logical --dist loadfile -m
+# Tests share the processor's cores, except those that start runs and look at the clock, which come after the others.
+# Where PYTEST chooses tests of only one kind, pytest ends with 5 for the other: there are none.
+both = a=0; $(RUN) -m pytest -n logical --dist loadfile -m $(1) $(3) $(PYTEST) || a=$$?; \
+	test $$a -eq 0 -o $$a -eq 5 || exit $$a; \
+	b=0; $(RUN) -m pytest -m $(2) $(3) $(PYTEST) || b=$$?; \
+	test $$b -eq 5 && exit $$a || exit $$b
 
 export OMP_NUM_THREADS ?= 1
 
@@ -25,8 +29,7 @@ data: $(READY) ## build the demo corpus, tokenizer and token stores in data/demo
 	$(RUN) -m dataio.demo data/demo
 
 test: lint ## every promise in a form that can fail, on CPU
-	$(SHARED) "not verify and not alone" $(PYTEST) || test $$? -eq 5
-	$(RUN) -m pytest -m "not verify and alone" $(PYTEST) || test $$? -eq 5
+	$(call both,"not verify and not alone","not verify and alone")
 
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .
@@ -37,8 +40,7 @@ kernels: $(READY) ## compile the kernels for this processor and, with nvcc, for 
 
 verify: lint ## the whole of it, long tests included
 	$(RUN) -m kernels.toolchain --check
-	$(SHARED) "not alone" --hypothesis-profile verify $(PYTEST) || test $$? -eq 5
-	$(RUN) -m pytest -m alone --hypothesis-profile verify $(PYTEST) || test $$? -eq 5
+	$(call both,"not alone","alone",--hypothesis-profile verify)
 
 gpu-check: $(READY) ## the tests that need a GPU; skips with the reason where there is none
 	$(RUN) -m pytest -m gpu -s -rs $(PYTEST)

@@ -24,7 +24,10 @@ def sweep(
         from launch.sweep.array import stop as stop_array
         from launch.sweep.ledger import read
         from launch.sweep.planning import folder_of
+        from stoker.errors import Refusal
 
+        if dry_run:
+            raise Refusal("--stop with --dry-run: nothing would be tried; `squeue --me` shows what runs")
         typer.echo(stop_array(read(folder_of(path)).root))
         return
     from launch.sweep.history import Outcome

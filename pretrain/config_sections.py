@@ -226,7 +226,8 @@ class LaunchSection(Section):
     grace_s: Positive = 60.0
     """Seconds from being asked to end until the ranks are killed: an urgent checkpoint must fit."""
     hang_s: Positive | None = None
-    """Seconds without progress that are a hang; null: from the run's own steps (three times their 99th percentile)."""
+    """Seconds without progress that are a hang; null: from the run's own steps (three times their 99th percentile).
+    While a rank starts, loads or ends 600 are, whatever is said here."""
     scratch: Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]*$")] | None = None
     """Folder on each node for caches and node-local files; null: the system's."""
     network_interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]+$")] | None = None

@@ -44,11 +44,14 @@ _HARDWARE_NAMES = {name for name, _ in HARDWARE.values()}
 _RUNTIME = re.compile(r"CUDA error: (?P<torch>[^\n]+)|Cuda failure (?:\d+ )?'(?P<nccl>[^'\n]+)'")
 #: What the libraries say when a kernel of theirs failed: by itself it says no more than 719.
 _LIBRARY = re.compile(r"\bCU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)\b")
+#: What a rank of Stoker says that is to have a GPU and sees none.
+NO_DEVICE = "has no CUDA device"
 #: The driver, where it can no longer talk to the device (Xid 79; NVML_ERROR_GPU_IS_LOST).
-_GONE = re.compile(r"fallen off the bus|GPU is lost", re.IGNORECASE)
+_GONE = re.compile(rf"fallen off the bus|GPU is lost|{NO_DEVICE}", re.IGNORECASE)
 
 #: What gloo and NCCL say when the other end of a connection is no longer there, or was waited for in vain; and what a
-#: rank says whose own watchdog then ends it (SIGABRT).
+#: rank says whose own watchdog then ends it (SIGABRT). ncclSystemError alone says nothing of others: memory that cannot
+#: be shared and files that cannot be opened are that too.
 PEER_IS_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -59,7 +62,8 @@ PEER_IS_GONE = (
     "for send operation to complete",
     "remote process exited",
     "ncclRemoteError",
-    "ncclSystemError",
+    "Call to recv from",
+    "Call to send to",
     "NCCL communicator was aborted",
     "NCCL timeout in communicator initialization",
     "Watchdog caught collective operation timeout",

@@ -119,10 +119,10 @@ class Pulse:
         """How many phases of this kind have ended in this process."""
         return int(_COUNT.unpack_from(self._page, _offset(PHASES.index(phase)))[0])
 
-    def new_durations(self) -> dict[str, Sequence[tuple[float, float]]]:
-        """Seconds that phases took which ended since this was asked last, and their work; the newest ``RING`` of each
-        kind."""
-        found: dict[str, Sequence[tuple[float, float]]] = {}
+    def new_durations(self) -> dict[str, Sequence[tuple[int, float, float]]]:
+        """Of phases that ended since this was asked last: how many of the kind had ended before in this process, how
+        many seconds it took, and its work; the newest ``RING`` of each kind."""
+        found: dict[str, Sequence[tuple[int, float, float]]] = {}
         for index, phase in enumerate(PHASES):
             at = _offset(index)
             count = int(_COUNT.unpack_from(self._page, at)[0])
@@ -130,7 +130,8 @@ class Pulse:
             if count > first:
                 ring = at + _COUNT.size
                 found[phase] = [
-                    _TOOK.unpack_from(self._page, ring + number % RING * _TOOK.size) for number in range(first, count)
+                    (number, *_TOOK.unpack_from(self._page, ring + number % RING * _TOOK.size))
+                    for number in range(first, count)
                 ]
             self._seen[index] = count
         return found

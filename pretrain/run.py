@@ -20,11 +20,21 @@ from parallel.planning.plan import ParallelPlan
 from pretrain.attempt import ExitClass, Fault, record_exit
 from pretrain.config import RunConfig, load
 from pretrain.data import validate_data
-from pretrain.diagnosis import DeviceError, device_error, device_fingerprint, lost_peer, no_memory
+from pretrain.diagnosis import NO_DEVICE, DeviceError, device_error, device_fingerprint, lost_peer, no_memory
 from pretrain.forecast import Forecast, recorded
 from pretrain.guard import require_own_rooms
 from pretrain.heartbeat import Heartbeat
-from pretrain.rundir import Attempt, Start, attempt_path, begin, data_changed, inspect, last_plan
+from pretrain.rundir import (
+    ATTEMPT_VARIABLE,
+    Attempt,
+    Start,
+    attempt_path,
+    begin,
+    data_changed,
+    inspect,
+    last_device,
+    last_plan,
+)
 from stoker.errors import Refusal
 
 #: How long a collective may wait, for a rank that hangs. Over gloo a rank that is gone is noticed at once.
@@ -66,6 +76,11 @@ def main(arguments: Sequence[str]) -> int:
         require_own_rooms()
         config = load(arguments[0], arguments[1:])
         start = validate(config, world)
+        if missing := _missing_device(config, world):
+            # Said by the rank that lacks it, for which the others wait. One that was there before is lost.
+            lost = ATTEMPT_VARIABLE in os.environ and last_device(config.run_dir) == "cuda"
+            print(missing if lost else f"refused: {missing}", file=sys.stderr, flush=True)
+            return (ExitClass.FAULT if lost else ExitClass.REFUSED).code
         _validate_device(config, world)
     except Refusal as refusal:
         if world.local_rank == 0:
@@ -95,16 +110,32 @@ def decide(config: RunConfig, world_size: int, announce: Callable[[str], None] =
     return config.plan(world_size, announce)
 
 
+def _missing_device(config: RunConfig, world: World) -> str | None:
+    """Why this rank cannot compute where it should: it has no CUDA device of its own, or none at all where the run
+    computed on them before. None where it can."""
+    import torch
+
+    devices, host = torch.cuda.device_count(), platform.node()
+    if devices > world.local_rank:
+        return None
+    if devices:
+        return f"rank {world.rank} {NO_DEVICE}: it is number {world.local_rank} on {host}, which has {devices}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or last_device(config.run_dir) != "cuda":
+        return None
+    return (
+        f"rank {world.rank} {NO_DEVICE}: {host} has none, and the run computed on them before; with the variable "
+        "CUDA_VISIBLE_DEVICES set to nothing it goes on on the CPU"
+    )
+
+
 def _validate_device(config: RunConfig, world: World) -> None:
-    """Refuse a rank without a device of its own, deterministic mode where it cannot be kept, and wrong kernels."""
+    """Refuse deterministic mode where it cannot be kept, and wrong kernels."""
     import torch
 
     from pretrain import determinism
     from pretrain.kernel_check import check_kernels
 
     devices = torch.cuda.device_count()
-    if devices and world.local_rank >= devices:
-        raise Refusal(f"rank {world.rank} is number {world.local_rank} on its node, which has {devices} CUDA devices")
     if config.run.deterministic:
         determinism.check(has_cuda=devices > 0)
     device = torch.device("cuda", world.local_rank) if devices else torch.device("cpu")
@@ -151,6 +182,8 @@ def _attempt(config: RunConfig, world: World, start: Start | None, heartbeat: He
             cause = f"another rank is gone ({lost})"
             print(f"rank {world.rank}: {cause}", file=sys.stderr, flush=True)
             _leave(config, number, ExitClass.FAULT, cause, step=step)
+            # NCCL would wait for it once more.
+            usable = not (dist.is_initialized() and dist.get_backend() == "nccl")
         else:
             traceback.print_exc()
             _blame(config, number, world.rank, error, step)
@@ -207,13 +240,14 @@ def _begin(config: RunConfig, world: World, start: Start | None) -> tuple[Attemp
     import torch.distributed as dist
 
     attempt: Attempt | None = None
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     told: list[Any] = [None]
     if world.rank == 0:
         assert start is not None
         try:
             plan = decide(config, world.size)
             expected, predictions = recorded(config, plan)
-            attempt = begin(start, config, plan, predictions)
+            attempt = begin(start, config, plan, predictions, device)
             told = [Begun(start.attempt, start.resume_step, data_changed(start.changes), plan, expected)]
         except Refusal as refusal:
             told = [str(refusal)]

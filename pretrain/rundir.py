@@ -32,6 +32,7 @@ from stoker.yaml_core import parse_yaml
 FORMAT, VERSION = "run", 1
 STAMP, CONFIG, PLAN, LOCK = "format.json", "config.yaml", "plan.json", ".lock"
 CHECKPOINTS, ATTEMPTS = "checkpoints", "attempts"
+ENVIRONMENT = "environment.json"
 
 #: Keys that a segment of the data log holds.
 DATA_KEYS = ("data.blend", "data.seq_len", "train.global_batch")
@@ -101,10 +102,17 @@ class Attempt:
         self._lock.close()
 
 
-def begin(start: Start, config: RunConfig, plan: ParallelPlan, predictions: Mapping[str, Any] | None = None) -> Attempt:
+def begin(
+    start: Start,
+    config: RunConfig,
+    plan: ParallelPlan,
+    predictions: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+) -> Attempt:
     """Make the directory of the next attempt and write what it is: rank 0 only, after ``inspect``.
 
     ``predictions``: memory and step time of this plan, to compare with what is measured; what is not known is left out.
+    ``device``: what its ranks compute on, "cuda" or "cpu".
     """
     root = start.root
     prepare(root)
@@ -120,7 +128,7 @@ def begin(start: Start, config: RunConfig, plan: ParallelPlan, predictions: Mapp
     started = {"resume_step": start.resume_step, "changes": [[c.key, c.old, c.new] for c in start.changes]}
     write_atomic(attempt.path / CONFIG, config.to_yaml(code_commit=code_commit(), lock_sha256=lock_sha256()))
     write_json(attempt.path / PLAN, "plan", layout)
-    write_json(attempt.path / "environment.json", "environment", environment() | {"start": started})
+    write_json(attempt.path / ENVIRONMENT, "environment", environment() | {"device": device, "start": started})
     write_json(root / PLAN, "plan", layout)
     write_atomic(root / CONFIG, config.to_yaml())
     return attempt
@@ -172,6 +180,18 @@ def last_plan(config: RunConfig, world_size: int) -> ParallelPlan | None:
         return None
     kept = plan.world_size == world_size and before.parallel == "auto"
     return plan if kept and _batches(before) == _batches(config) else None
+
+
+def last_device(root: Path) -> str | None:
+    """What the ranks of the newest attempt that began computed on, "cuda" or "cpu"; None where that is not known."""
+    for number in reversed(attempts(root)):
+        try:
+            return str(json.loads((attempt_path(root, number) / ENVIRONMENT).read_bytes())["device"])
+        except FileNotFoundError:  # it ended before it began
+            continue
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    return None
 
 
 def _batches(config: RunConfig) -> tuple[int, int, int]:

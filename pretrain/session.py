@@ -136,6 +136,7 @@ class Session:
         gc.unfreeze()
         if error is None:
             self._stragglers.finish()
+        self.heartbeat.at("end", self.heartbeat.step)  # a server that W&B waits for is no hang
         if self._sinks is not None:
             self._sinks.close()
         if error is None:

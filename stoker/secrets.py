@@ -14,7 +14,7 @@ from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, overload
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 
 MASK = "***"
 #: Characters of a value that is masked wherever it appears: shorter ones would mask common words.
@@ -93,9 +93,9 @@ def _mask_text(text: str, known: list[str]) -> str:
 
 
 def remember(secret: str) -> None:
-    """From now on this process masks the value wherever it appears, and of an address what follows its host too."""
-    address = urlsplit(secret)
-    _remembered.update({secret, secret.partition(address.netloc)[2]} if address.netloc else {secret})
+    """From now on this process masks the value wherever it appears, and of an address the parts that look like keys."""
+    path = secret.partition("://")[2].partition("/")[2]
+    _remembered.update({secret, *re.findall(r"(?=[^/?&=]*\d)[^/?&=]{16,}", path)})
 
 
 def _environment_secrets() -> list[str]:

@@ -19,6 +19,8 @@ from stoker.yaml_core import dump_yaml
 
 #: Seconds for a question to the cluster, and for the answer to all manifests; kubectl itself has ``MORE_S`` more.
 ASK_S, APPLY_S, MORE_S = 15, 120, 5
+#: What kubectl says where its question may have arrived and only the answer was lost (Go's net and net/http).
+UNCERTAIN = ("Client.Timeout", "deadline exceeded", "i/o timeout", "EOF", "connection reset", "http2: ")
 #: What a cluster says where a webhook of it cannot be tried (apiserver, webhook/errors/statuserror.go).
 NO_TRIAL = "does not support dry run"
 #: A name of Kubernetes: RFC 1123 subdomain.
@@ -90,8 +92,8 @@ def submit(ready: Submission) -> None:
         raise Refusal(f"the cluster did not try the manifests in {APPLY_S} s: nothing was made")
     if trial.returncode and NO_TRIAL not in trial.stderr:
         raise Refusal(f"{_reason(trial)}; nothing was made")
-    done = _run([*scope, "apply", "--filename=-"], APPLY_S, text)
-    if done is None:
+    done = _run([*scope[:2], "--request-timeout=0", "apply", "--filename=-"], APPLY_S, text)
+    if done is None or (done.returncode and any(words in done.stderr for words in UNCERTAIN)):
         _require(scope, ready)
     elif done.returncode:
         raise Refusal(f"{_reason(done)}; {_take_back(scope, ready, done.stdout)}")
@@ -114,7 +116,7 @@ def _require(scope: list[str], ready: Submission) -> None:
     kinds = ",".join(manifest["kind"].lower() for manifest in ready.manifests)
     what = f"{kinds} --selector=app.kubernetes.io/instance={ready.name}"
     raise Refusal(
-        f"kubectl did not answer in {APPLY_S} s. The job may be there all the same, now or later: "
+        f"kubectl had no answer. The job may be there all the same, now or later: "
         f"`kubectl --namespace={ready.namespace} get {what}` shows it, and delete in place of get ends it"
     )
 

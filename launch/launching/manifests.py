@@ -33,6 +33,10 @@ DEVICES = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}
 AFTERWARDS_S = 30
 #: A start that fails by none of the run's own exit codes (image, disk, node) is tried so often.
 POD_RETRIES = 20
+#: Seconds until the pods of a host that is not heard, or not ready, are moved. Kubernetes adds 300 to a pod that says
+#: nothing of these taints (its documentation, "Taint based Evictions").
+UNHEARD_S = 30
+UNHEARD = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 JOBSET = "jobset.sigs.k8s.io"
 
 
@@ -147,11 +151,15 @@ def _pod(job: Job, launch: LaunchSection, topology: HardwareTopology, cluster: C
         "restartPolicy": "Never",  # a pod failure policy asks for it
         "terminationGracePeriodSeconds": math.ceil(launch.grace_s) + AFTERWARDS_S,
         "enableServiceLinks": False,
+        "tolerations": [
+            {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": UNHEARD_S}
+            for taint in UNHEARD
+        ],
         "containers": [container],
         "volumes": volumes,
     }
     if device:
-        pod["tolerations"] = [{"key": device, "operator": "Exists", "effect": "NoSchedule"}]
+        pod["tolerations"].append({"key": device, "operator": "Exists", "effect": "NoSchedule"})
     if _needs_imex(job, topology):
         pod["resourceClaims"] = [{"name": "imex", "resourceClaimTemplateName": _channel(cluster)}]
         resources["claims"] = [{"name": "imex"}]

@@ -5,7 +5,8 @@ the run's (DESIGN section 8); asked to end (SIGTERM, SIGUSR1) before ranks have 
 
 Started again (a pod that was moved, or lost), it joins its launch where that runs, returns its code where that has
 ended, and begins the next one where all have saved to be continued. A node that takes no part leaves; one that would
-then be started again, or count against the others, waits for their end.
+then be started again, or count against the others, waits for their end: so does one that came to an end which is not
+the launch's, as it cannot reach the others. Where they count on it, it tries once a minute to join them.
 """
 
 from __future__ import annotations
@@ -15,24 +16,23 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launch.launching.job import Job
     from launch.launching.where import Where
-    from launch.supervise.agent import Agent
     from launch.supervise.node import Node
     from pretrain.config import RunConfig
 
 #: Exit codes of DESIGN section 8.
 REFUSED, SAVED = 2, 4
-#: Seconds for all pods of a job to be there: some still pull the image.
-PULLING_S = 900.0
-#: Seconds between two looks of a node that takes no part at whether the launch has ended.
-LOOK_S = 5.0
+#: Seconds between two looks of a node that takes no part at whether the launch has ended, and until it tries again.
+LOOK_S, AGAIN_S = 5.0, 60.0
 #: A scheduler's ways to ask for the end. SIGUSR1 would end a process that does not know it.
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -61,6 +61,7 @@ def run(path: str) -> int:
     from launch.supervise import outcome
     from pretrain.config import load
     from pretrain.guard import require_own_rooms
+    from stoker.errors import Refusal
 
     require_own_rooms()
     job = Job.read(path)
@@ -75,17 +76,51 @@ def run(path: str) -> int:
         if (code := outcome.ended(config.run_dir, launch.start)) is not None:
             print(f"{here.host}: launch {launch.start} has ended with {code}", file=sys.stderr, flush=True)
             return code
-        if (good := _fit(config, job, launch)) is not None:
-            return _supervise(config, arguments, job, launch, good)
+        try:
+            good = _fit(config, job, launch)
+            code = None if good is None else _supervise(config, arguments, job, launch, good)
+        except Exception as error:
+            if not (here.comes_back and _led(config.run_dir, launch.start)):
+                raise
+            _say_aside(here, str(error) if isinstance(error, Refusal) else traceback.format_exc())
+            code = None
+        if code is not None:
+            return code
         if not here.comes_back:
             return 0
-        while outcome.ended(config.run_dir, launch.start) is None:
-            time.sleep(LOOK_S)
+        _wait(config.run_dir, launch)
 
 
 def _nothing_to_save(number: int, frame: FrameType | None) -> None:
     print(f"{signal.Signals(number).name} before ranks have begun: nothing is lost", file=sys.stderr, flush=True)
     raise SystemExit(SAVED)
+
+
+def _led(run_dir: Path, launch: str) -> bool:
+    """Whether a node has led the launch, as far as can be told: it says where ranks stand, once all have their verdict.
+    Who began after that can end nothing but itself."""
+    from launch.preflight.shared import FOLDER, VERDICT
+    from launch.supervise.journal import RANKS
+
+    try:
+        return (run_dir / RANKS).stat().st_mtime >= (run_dir / FOLDER / launch / VERDICT).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    except OSError:  # the path is lost, which was there at the verdict
+        return True
+
+
+def _wait(run_dir: Path, here: Where) -> None:
+    """For the end of the launch; where it counts on this node, until that is to try again."""
+    from launch.preflight.shared import goes_on
+    from launch.supervise import outcome
+
+    looks = 0
+    while outcome.ended(run_dir, here.start) is None:
+        if looks * LOOK_S >= AGAIN_S and goes_on(here.start, run_dir, here.host):
+            return
+        time.sleep(LOOK_S)
+        looks += 1
 
 
 def _enter(job: Job) -> None:
@@ -106,6 +141,7 @@ def _enter(job: Job) -> None:
 def _fit(config: RunConfig, job: Job, here: Where) -> tuple[str, ...] | None:
     """Hosts that passed the preflight, in job order; the same on all of them. None where the others go on without this
     one; refuses where they cannot."""
+    from launch.launching.where import PULLING_S
     from launch.preflight.run import preflight
     from launch.preflight.shared import Launch, goes_on
     from stoker.errors import Refusal
@@ -146,10 +182,12 @@ def _say_aside(here: Where, reason: str) -> None:
     print(f"{here.host} takes no part{waits}: {reason}", file=sys.stderr, flush=True)
 
 
-def _supervise(config: RunConfig, arguments: Sequence[str], job: Job, here: Where, good: Sequence[str]) -> int:
-    """Run the ranks of this node until the run ends."""
+def _supervise(config: RunConfig, arguments: Sequence[str], job: Job, here: Where, good: Sequence[str]) -> int | None:
+    """Run the ranks of this node until the run ends. None where only this node's part in it has, and it may have
+    another one."""
     from launch.machine import environment_for
-    from launch.supervise.agent import Agent, Work
+    from launch.supervise.agent import Agent, Work, asked_to_end
+    from launch.supervise.nodes import Several
 
     work = Work(
         run_dir=config.run_dir,
@@ -159,25 +197,20 @@ def _supervise(config: RunConfig, arguments: Sequence[str], job: Job, here: Wher
         launch=config.launch,
         prefixes=_prefixes(job),
     )
-    agent = Agent(work, _node(config, job, here, good))
-    _pass_on(agent)
-    return agent.run()
-
-
-def _pass_on(agent: Agent) -> None:
-    """Tell the agent once to save and end, however often the scheduler asks: its notice is followed by SIGTERM at the
-    time limit, and a second request would end the ranks in the middle of saving. What takes too long is ended by
-    launch.grace_s, and by the scheduler itself."""
-    asked = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if not asked:
-            asked = True
-            agent.ask_to_end()
-
-    for number in (*ENDING, signal.SIGINT):
-        signal.signal(number, handle)
+    node = _node(config, job, here, good)
+    agent = Agent(work, node)
+    # Once, however often the scheduler asks: its notice is followed by SIGTERM at the time limit, and a second request
+    # would end the ranks in the middle of saving. launch.grace_s ends what takes too long, and the scheduler itself.
+    with asked_to_end(agent, insist=False):
+        code = agent.run()
+    if not (here.comes_back and isinstance(node, Several) and node.alone):
+        return code
+    if agent.asked:
+        return SAVED  # it is started again, and joins the others where they are
+    if not _led(config.run_dir, here.start):
+        return code
+    _say_aside(here, agent.decision.text)
+    return None
 
 
 def _node(config: RunConfig, job: Job, here: Where, good: Sequence[str]) -> Node:

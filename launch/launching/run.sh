@@ -25,6 +25,15 @@ code=$?
 
 # Of a launch whose nodes agreed on its end that counts: srun's code is that of a lost node too, which a spare replaced.
 ended=$ended$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.ended
+# A network file system may hide for a minute what another node has written (man nfs, acdirmax). After the notice there
+# is no time to wait, and a job of one node writes none.
+if [[ $ended == /* && $code -ne 0 && ${SLURM_JOB_NUM_NODES:-1} -gt 1 && -d ${ended%/*} ]]; then
+    for ((left = 60; left > 0; left--)); do
+        ls -A "${ended%/*}" >/dev/null 2>&1 # which asks the server anew
+        [[ -e $ended || -n $notice ]] && break
+        sleep 1
+    done
+fi
 if [[ $ended == /* && -r $ended ]]; then
     read -r recorded <"$ended"
     [[ $recorded == [0-4] ]] && code=$recorded

@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -33,15 +34,22 @@ from stoker.nearest import nearest
 #: Seconds that Slurm's controller has to answer a question, to take a job, and to show one that it may have taken.
 ASK_S, SUBMIT_S, LOOK_S = 15, 120, 30
 #: What sbatch says where its question may have arrived and only the answer was lost (slurm_errno.c, 22.05).
-UNCERTAIN = ("timed out", "Zero Bytes were transmitted or received", "Unexpected message received")
+UNCERTAIN = (
+    "timed out",
+    "Zero Bytes were transmitted or received",
+    "Unexpected message received",
+    "receive failure",
+    "shutdown failure",
+)
 #: sbatch --signal takes no more seconds (man sbatch, 22.05).
 MOST_SIGNAL_S = 65_535
 #: ``--segment`` and topology/block came with it (Slurm's release notes of 23.11).
 SEGMENT_SINCE = (23, 11)
 #: Starts the comment of every job of ours: what follows finds it again where sbatch did not say its number.
 MARK = "stoker "
-#: Of a comment: Slurm refuses more than 1,024 bytes (slurmctld/job_mgr.c, _test_strlen), four a character at most.
-LONGEST_MARK = 248
+#: Of a folder in a comment: Slurm refuses more than 1,024 bytes (slurmctld/job_mgr.c, _test_strlen), and a character
+#: is four at most.
+LONGEST_MARK = 215
 
 
 class Unanswered(Refusal):
@@ -78,13 +86,13 @@ def script_path() -> Path:
     return Path(str(files("launch.launching"))) / "run.sh"
 
 
-def submission(prepared: Prepared, folder: Folder) -> Submission:
-    """What ``submit`` would give to Slurm; nothing is asked or written."""
+def submission(prepared: Prepared, folder: Folder, mark: str | None = None) -> Submission:
+    """What ``submit`` would give to Slurm, with a ``mark`` that no other job has; nothing is asked or written."""
     job = prepared.job(prepared.config.run.name, folder.path, folder.number, directory=os.getcwd())
     if job.hosts:
         raise Refusal(f"{job.name}: Slurm chooses the hosts")
     launch = prepared.config.launch
-    argv = ["sbatch", "--parsable", f"--comment={_mark(folder)}", *_scheduling(launch)]
+    argv = ["sbatch", "--parsable", f"--comment={mark or _mark(folder)}", *_scheduling(launch)]
     argv += [f"--job-name={refuse_name('run.name', job.name)}"]
     argv += [f"--nodes={job.all_nodes}", "--ntasks-per-node=1", "--exclusive", "--mem=0"]
     if prepared.topology.device.vendor != "generic":
@@ -107,7 +115,8 @@ def submit(prepared: Prepared, folder: Folder) -> str:
     if config.launch.container is None:
         validate_data(config)  # of a container's folders nothing is seen from here
     inspect(config)
-    ready = submission(prepared, folder)
+    mark = _mark(folder, uuid.uuid4().hex)
+    ready = submission(prepared, folder, mark)
     require_slurm(config.launch, ready.job.all_nodes)
     if ready.job.segment is not None:
         _require_segments()
@@ -115,7 +124,7 @@ def submit(prepared: Prepared, folder: Folder) -> str:
     try:
         write_atomic(folder.path / CONFIG, ready.config)
         write_atomic(folder.path / JOB, ready.job.to_json())
-        number = _sbatch(ready.argv, _mark(folder), prepared.secrets)
+        number = _sbatch(ready.argv, mark, prepared.secrets)
     except Unanswered as unanswered:
         raise Refusal(f"{unanswered}. {folder.path} stays, which the job needs: remove it if there is none") from None
     except Refusal:
@@ -145,13 +154,22 @@ def submit_array(
     command.insert(2, f"--comment={mark}")
     require_slurm(section, 1)
     content = {"format": formats.stamp("array", 1), "indices": list(indices), "argv": command, "mark": mark}
+    # Before the job is there: who is killed in between must find it by its mark.
+    unnumbered = folder / f"array-{mark.removeprefix(MARK)}.json"
+    try:
+        write_atomic(unnumbered, json.dumps({**content, "job": None}, indent=2) + "\n")
+    except OSError as error:
+        raise Refusal(f"{unnumbered} cannot be written ({error.strerror}): nothing was submitted") from None
     try:
         number = _sbatch(command, mark, {})
     except Unanswered:
-        name = mark.removeprefix(MARK)
-        write_down(folder / f"array-{name}.json", {**content, "job": None}, name)  # for those who look by the mark
         raise
-    write_down(folder / f"array-{number}.json", {**content, "job": number}, number)
+    except Refusal:
+        unnumbered.unlink(missing_ok=True)
+        raise
+    write_down(numbered := folder / f"array-{number}.json", {**content, "job": number}, number)
+    if numbered.exists():
+        unnumbered.unlink(missing_ok=True)
     return number
 
 
@@ -164,12 +182,17 @@ def array_tasks(folder: Path) -> list[Task]:
 def stop_arrays(folder: Path) -> list[Task]:
     """Take the waiting tasks of the folder's arrays out of the queue and ask the others to save; returns all of them.
     A task that was asked before is asked again, which changes nothing."""
-    tasks = array_tasks(folder)
-    for job in dict.fromkeys(task.job for task in tasks):
+    before = array_tasks(folder)
+    for job in dict.fromkeys(task.job for task in before):
         _cancel(["scancel", "--state=PENDING", job])  # first, so that none begins where another one ends
-        if any(task.job == job and not task.waits for task in tasks):
-            _cancel(["scancel", "--full", "--signal=TERM", job])  # --full: the command runs in the batch step
-    return tasks
+    asked = [task for task in (array_tasks(folder) if before else ()) if not task.waits]  # some began meanwhile
+    for job in dict.fromkeys(task.job for task in asked):
+        tasks = ranges([task.index for task in asked if task.job == job and task.index is not None])
+        with suppress(Refusal):  # of tasks that end just now; one that had its notice would be queued again
+            _ask(["scontrol", "update", f"JobId={job}_[{tasks}]", "Requeue=0"])
+        _cancel(["scancel", "--full", "--signal=TERM", job])  # --full: the command runs in the batch step
+    running = {(task.job, task.index) for task in asked}
+    return [*asked, *(task for task in before if task.waits and (task.job, task.index) not in running)]
 
 
 def array_argv(
@@ -299,9 +322,9 @@ def _require_segments() -> None:
         )
 
 
-def _mark(folder: Folder) -> str:
-    """No two launches share a folder, so the mark of a launch is its own."""
-    return f"{MARK}{str(folder.path)[-LONGEST_MARK:]}"
+def _mark(folder: Folder, once: str = "") -> str:
+    """The folder, for people; ``once``, since another launch may get the same one after this is removed."""
+    return f"{MARK}{str(folder.path)[-LONGEST_MARK:]} {once}".rstrip()
 
 
 def _read(path: Path) -> Mapping[str, object]:

@@ -13,6 +13,8 @@ from stoker.errors import Refusal
 
 #: Set by the manifest from the labels that JobSet puts on a pod (docs/launch.md).
 DOMAIN, START, SET = "STOKER_DOMAIN", "STOKER_START", "STOKER_SET"
+#: Seconds for all pods of a job to be there: some still pull the image.
+PULLING_S = 900.0
 #: Names in a node list, at most: a range such as n[1-999999999] is a damaged variable.
 MOST_HOSTS = 100_000
 

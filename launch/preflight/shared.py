@@ -114,11 +114,11 @@ def exchange(
         raise Refusal(f"{launch.node}: {folder} cannot be used: {why}. Choose another run.dir") from None
 
 
-def goes_on(launch: str, run_dir: Path) -> bool:
-    """Whether the nodes of a launch have come to a verdict with which they can go on."""
+def goes_on(launch: str, run_dir: Path, node: str | None = None) -> bool:
+    """Whether the nodes of a launch have come to a verdict with which they can go on, and that counts on ``node``."""
     try:
-        value = json.loads((run_dir / FOLDER / launch / VERDICT).read_bytes())
-        return _verdict(value).trouble is None
+        verdict = _verdict(json.loads((run_dir / FOLDER / launch / VERDICT).read_bytes()))
+        return verdict.trouble is None and (node is None or node in verdict.good)
     except (OSError, KeyError, TypeError, ValueError):
         return False
 

@@ -96,6 +96,11 @@ class Agent:
         with suppress(BlockingIOError, OSError):
             os.write(self._waker, b"!")
 
+    @property
+    def asked(self) -> bool:
+        """Whether it was asked to end."""
+        return self._asked > 0
+
     def kill(self) -> None:
         """End everything at once."""
         self._asked += 2

@@ -42,7 +42,7 @@ HARDWARE = ("node", "device", "signal", "stopped", "hang", "mismatch")
 class Facts:
     """What every node knows of the launch: ``hosts``, ``addresses`` and ``ports`` of all its nodes in one order,
     ``roles`` of each, which of them passed the preflight, and how many ranks each runs. ``launch``: its name, which no
-    other launch of the run has."""
+    other launch of the run has. ``rejoin_s``: how long nodes that are missing are waited for."""
 
     hosts: tuple[str, ...]
     addresses: tuple[str, ...]
@@ -55,6 +55,7 @@ class Facts:
     grace_s: float
     token: bytes
     launch: str = "launch"
+    rejoin_s: float = REJOIN_S
     listeners: Sequence[Callable[[dict[str, Any]], None]] = ()
 
     @property
@@ -92,9 +93,10 @@ class Leader:
         self.facts = facts
         self.seats: dict[int, Seat] = {}
         self.final: Decision | None = None
+        self._last_word: dict[str, Any] = {}
         self._policy = Policy(facts.max_restarts)
         self._places: dict[int, int] = {}
-        self._last_attempt = 0
+        self._last_attempt = self._judged = 0
         self._faults: dict[int, int] = {}
         self._running: Running | None = None
         self._pending: dict[int, tuple[int, Cause, int | None]] = {}
@@ -102,7 +104,7 @@ class Leader:
         self._asked: set[int] = set()
         self._run_id = secrets.token_hex(8)
         self._records = Records(facts.run_dir, facts.listeners)
-        self._since = time.monotonic()
+        self._since = self._idle_since = time.monotonic()
         self._begun = False
         self._said_waiting = False
         self._states_at = 0.0
@@ -117,11 +119,14 @@ class Leader:
         """A node is there, with what it remembers of earlier leaders."""
         self.seats[index] = Seat(link, time.monotonic())
         self._since = time.monotonic()
+        self._asked.discard(index)  # one that was asked to end says so again
+        if message.get("asked"):
+            self._asked.add(index)
         if (told := message.get("memory")) and (not self._begun or int(told["attempt"]) > self._last_attempt):
             self._begun, self._running = False, None  # or another has led since
             self._remember(told)
         if self.final is not None:
-            link.send({"decision": self.final.to_dict()})
+            link.send(self._last_word)
         if self._running is not None and self._running.confirmed is not None:
             link.send({"confirm": self._running.attempt})
 
@@ -148,6 +153,8 @@ class Leader:
         seat.heard = time.monotonic()
         if (ready := message.get("ready")) is not None:
             seat.ready = ready
+            if ready.get("asked"):
+                self._asked.add(index)
             if (cause := ready.get("cause")) and not self._begun:  # else this leader has judged it
                 self._pending[index] = ready["attempt"], Cause.from_dict(cause), ready["step"]
                 if cause["kind"] == "node" and cause["host"] in self.facts.hosts:
@@ -177,6 +184,7 @@ class Leader:
             if self.final is None:  # else the others have left, as they should, and some words are still under way
                 self._let_go()
             self._give_up_alone(now)
+            self._idle_since = now
             return
         self._led_at = now
         self._open_records(now)
@@ -200,10 +208,10 @@ class Leader:
         self._records.close()
 
     def _remember(self, told: Mapping[str, Any]) -> None:
-        """The newest of what nodes remember stands."""
-        if int(told["attempt"]) < self._last_attempt:
+        """The newest of what nodes remember stands: of one attempt what was remembered after it was judged."""
+        if (int(told["attempt"]), int(told["judged"])) < (self._last_attempt, self._judged):
             return
-        self._last_attempt = int(told["attempt"])
+        self._last_attempt, self._judged = int(told["attempt"]), int(told["judged"])
         self._policy = Policy.from_dict({**told["policy"], "max_restarts": self.facts.max_restarts})
         self._places = {int(place): int(node) for place, node in told["places"].items()}
         self._faults = {int(node): int(count) for node, count in told["faults"].items()}
@@ -213,6 +221,7 @@ class Leader:
     def _memory(self) -> dict[str, Any]:
         return {
             "attempt": self._last_attempt,
+            "judged": self._judged,
             "policy": self._policy.to_dict(),
             "places": self._places,
             "faults": self._faults,
@@ -224,7 +233,8 @@ class Leader:
         if self._last_attempt == 0 and not self._records.is_open:
             return  # perhaps another launch has the run
         late = {index for index, seat in self.seats.items() if seat.ready is None}
-        if late and now - self._since < CONCLUDE_S:
+        waited_for_ever = now - self._idle_since > self.facts.rejoin_s
+        if late and now - self._since < CONCLUDE_S and not waited_for_ever:
             return  # their ranks are about to end
         ready = set(self.seats) - late
         first = not self._places
@@ -239,20 +249,21 @@ class Leader:
         if chosen is None and self._asked:
             names = ", ".join(self.facts.hosts[index] for index in sorted(self._asked)[:8])
             self._finish(Decision(False, causes.PREEMPTED, f"{names} asked to end"))
-        elif chosen is not None:
-            if (newest := self._records.newest_attempt()) is not None:
-                self._begin(chosen, max(newest, self._last_attempt) + 1)
-        elif now - self._since > REJOIN_S:
-            text = f"{self._missing()} did not come back within {REJOIN_S:.0f} s"
-            self._finish(Decision(False, causes.fault("node", text), text))
-        elif not self._said_waiting:
+        elif chosen is not None and (newest := self._records.newest_attempt()) is not None:
+            self._begin(chosen, max(newest, self._last_attempt) + 1)
+        elif waited_for_ever:
+            missing = f"{self._missing()} did not come back" if chosen is None else f"{self.facts.run_dir} was not read"
+            text = f"{missing} within {self.facts.rejoin_s:.0f} s"
+            self._finish(Decision(False, causes.fault("node" if chosen is None else "store", text), text))
+        elif chosen is None and not self._said_waiting:
             self._said_waiting = True
             self._tell("notice", text=f"waiting for nodes: {self._missing()} missing")
 
     def _give_up_alone(self, now: float) -> None:
         """What is left of a launch waits for the others as long as they are waited for, and no longer."""
-        if self.final is None and now - self._led_at > REJOIN_S:
-            text = f"{len(self.seats)} of {len(self.facts.good)} nodes are connected, for {REJOIN_S:.0f} s no majority"
+        limit = self.facts.rejoin_s
+        if self.final is None and now - self._led_at > limit:
+            text = f"{len(self.seats)} of {len(self.facts.good)} nodes are connected, for {limit:.0f} s no majority"
             self._finish(Decision(False, causes.fault("node", text), text))
 
     def _missing(self) -> str:
@@ -265,6 +276,8 @@ class Leader:
             (cause, step) for attempt, cause, step in self._pending.values() if attempt == self._last_attempt
         ]
         self._pending = {}
+        if self._judged >= self._last_attempt:
+            return True  # by another leader, of whom these nodes had not heard
         if not found:
             return True
         gone = [node for node in self._places.values() if node not in self.seats]
@@ -336,13 +349,18 @@ class Leader:
         open_nodes = [node for node in running.places.values() if node not in running.ended]
         if open_nodes and running.deadline is not None and now > running.deadline:
             for node in open_nodes:
-                self.leave(node, "its ranks did not end with the others'")
+                why = "its ranks did not end with the others'"
+                if running.noticed is not None:  # whose fault it is was said before
+                    running.ended[node] = None, None
+                    text = f"node {self.facts.hosts[node]} is left out: {why}"
+                    self._tell("notice", attempt=running.attempt, node=self.facts.hosts[node], text=text)
+                self.leave(node, why)
             open_nodes = []
         if open_nodes or not self._confirmed(running):
             return
         self._running = None
-        self._since = now
-        self._judge(running.attempt, running.ended.values())
+        self._since = self._idle_since = now
+        self._judge(running.attempt, [*running.ended.values(), (running.noticed, None)])
 
     def _confirmed(self, running: Running) -> bool:
         """Whether more than half of the nodes have heard this one since the attempt ended. One that nobody hears any
@@ -354,7 +372,7 @@ class Leader:
         return len(running.confirmed & set(self.seats)) >= self.facts.majority
 
     def _judge(self, attempt: int, found: Iterable[tuple[Cause | None, int | None]]) -> Decision:
-        found = list(found)
+        found, self._judged = list(found), attempt
         steps = [step for _, step in found if step is not None]
         cause = most_telling(cause for cause, _ in found if cause is not None)
         if cause.kind in HARDWARE and (node := self._node_of(cause)) is not None:
@@ -382,11 +400,13 @@ class Leader:
         return None if cause.rank is None else self._places.get(cause.rank // self.facts.ranks)
 
     def _finish(self, decision: Decision) -> None:
+        """``alone``: a part of the launch that gives up says nothing for the rest."""
         self.final = decision
-        if self.leads:  # a part of the launch that gives up says nothing for the rest
+        self._last_word = {"decision": {**decision.to_dict(), "alone": not self.leads}}
+        if self.leads:
             self._records.ended(self.facts.launch, decision.code)
         for seat in self.seats.values():
-            seat.link.send({"decision": decision.to_dict()})
+            seat.link.send(self._last_word)
 
     def _write_states(self, state: str | None = None) -> None:
         ranks = [RankState(**rank) for seat in self.seats.values() for rank in seat.states]

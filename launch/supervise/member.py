@@ -52,7 +52,7 @@ class Member:
         self._leader: Leader | None = None
         self._door = Door(facts.token, self._visited)
         self._error: BaseException | None = None
-        self._closing = False
+        self._asked = self._closing = False
         self._runner = asyncio.Runner()
         self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._run, name="stoker-member", daemon=True)
@@ -70,6 +70,15 @@ class Member:
         def change() -> None:
             self._ready = ready
             self._send({"ready": ready})
+
+        self._call(change)
+
+    def ask_to_end(self) -> None:
+        """This node was asked to end: told to the leader, and to every one that it joins from now on."""
+
+        def change() -> None:
+            self._asked = True
+            self._send({"asked": self._index})
 
         self._call(change)
 
@@ -191,7 +200,7 @@ class Member:
             link = await connect(facts.addresses[leader], facts.ports[leader], facts.token, timeout_s=ASK_S)
         except Broken:
             return
-        link.send({"join": self._index, "memory": self._memory})
+        link.send({"join": self._index, "memory": self._memory, "asked": self._asked})
         if self._ready is not None:
             link.send({"ready": self._ready})
         self._link = link

@@ -6,14 +6,14 @@ from __future__ import annotations
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from launch.supervise import causes, outcome
 from launch.supervise.causes import Cause
 from launch.supervise.journal import RankState
-from launch.supervise.leader import CONCLUDE_S, Facts
+from launch.supervise.leader import CONCLUDE_S, REJOIN_S, Facts
 from launch.supervise.member import Member
 from launch.supervise.node import Assembly, reserved_port
 from launch.supervise.policy import Decision
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from launch.launching.where import Where
     from pretrain.config import RunConfig
 
-#: Seconds for a node to be connected again, or to be told what follows.
-APART_S, DECISION_S = 660.0, 300.0
+#: Seconds beyond ``Facts.rejoin_s`` for a node to be connected again; and to be told what follows.
+APART_S, DECISION_S = 60.0, 300.0
+#: Seconds until Kubernetes moves the pods of a host that it does not hear, where nothing else is asked for
+#: (Kubernetes' documentation, "Taint based Evictions").
+UNHEARD_S = 300.0
 #: Seconds to stay where nobody is connected and the launch was asked to end.
 ALONE_S = 3.0
 POLL_S = 0.05
@@ -36,6 +39,7 @@ LOOK_S = 2.0
 
 def several(config: RunConfig, job: Job, here: Where, good: Sequence[str]) -> Several:
     """This node of a launch of several; ``good``: the hosts that passed the preflight, in job order."""
+    from launch.launching.where import PULLING_S
     from launch.local import listeners
 
     ports = tuple(job.port + (index if here.one_machine else 0) for index in range(len(here.hosts)))
@@ -51,16 +55,19 @@ def several(config: RunConfig, job: Job, here: Where, good: Sequence[str]) -> Se
         grace_s=config.launch.grace_s,
         token=shared_token(outcome.token_path(config.run_dir, here.start)),
         launch=here.start,
+        rejoin_s=UNHEARD_S + PULLING_S if here.comes_back else REJOIN_S,
         listeners=listeners(config),
     )
     return Several(facts, here.index)
 
 
 class Several:
-    """Implements ``node.Node``. ``index``: of this node among ``facts.hosts``."""
+    """Implements ``node.Node``. ``index``: of this node among ``facts.hosts``. ``alone``: where this node ended, nobody
+    said to it that the launch has."""
 
     def __init__(self, facts: Facts, index: int) -> None:
         self.host = facts.hosts[index]
+        self.alone = True
         self._facts, self._index = facts, index
         self._member = Member(facts, index)
         self._port: socket.socket | None = None
@@ -84,10 +91,13 @@ class Several:
             ready |= {"cause": cause.to_dict(), "step": step}
             self._unjudged = None
         member = self._member
-        member.wait_for_attempt(ready)
+        look_at = time.monotonic()
         apart_since: float | None = None
         asked_at: float | None = None
-        look_at = time.monotonic()
+        if asked():
+            asked_at = look_at
+            member.ask_to_end()  # first, so that no attempt counts on this node
+        member.wait_for_attempt(ready)
         while True:
             member.check()
             with member.changed:
@@ -95,7 +105,7 @@ class Several:
                 assembly, decision, connected = member.assembly, member.decision, member.connected
                 losses = member.losses
             if decision is not None and not decision["again"]:
-                return Decision.from_dict(decision)
+                return self._decided(decision)
             if assembly is not None:
                 self._losses, self._attempt, self._noticed = losses, int(assembly["attempt"]), None
                 return Assembly(**{**assembly, "master": tuple(assembly["master"])})
@@ -105,12 +115,13 @@ class Several:
                 if (over := self._over()) is not None:
                     return over
             apart_since = None if connected else apart_since or now
-            if apart_since is not None and now - apart_since > APART_S:
-                text = f"{self.host} was connected to no node that leads for {APART_S:.0f} s"
+            limit = self._facts.rejoin_s + APART_S
+            if apart_since is not None and now - apart_since > limit:
+                text = f"{self.host} was connected to no node that leads for {limit:.0f} s"
                 return Decision(False, causes.fault("node", text, host=self.host), text)
             if asked() and asked_at is None:
                 asked_at = now
-                member.say({"asked": self._index})
+                member.ask_to_end()
             # One that leads, or counts for the majority, stays until the others have saved.
             patience = self._facts.grace_s + CONCLUDE_S if connected else ALONE_S
             if asked_at is not None and now - asked_at > patience:
@@ -125,6 +136,7 @@ class Several:
         outcome.token_path(facts.run_dir, facts.launch).unlink(missing_ok=True)  # made again as this node came
         text = f"{self.host}: launch {facts.launch} has ended with {code}"
         print(text, file=sys.stderr, flush=True)
+        self.alone = False
         (ended,) = (Exit(each, text, None) for each in ExitClass if each.code == code)
         return Decision(False, Cause(ended.exit_class, ended.kind, text), text)
 
@@ -160,11 +172,16 @@ class Several:
                 member.changed.wait(POLL_S)
                 decision, apart = member.decision, member.losses != self._losses
             if decision is not None and (not decision["again"] or decision["attempt"] == self._attempt):
-                return Decision.from_dict(decision)
+                return self._decided(decision)
         # The one that would have decided is gone: the next one will, from what all nodes tell it.
         self._unjudged = found, step
         print(f"{found}; meeting the other nodes again", file=sys.stderr, flush=True)
         return Decision(True, found, str(found))
+
+    def _decided(self, said: Mapping[str, Any]) -> Decision:
+        """What the leader said; that of a part which gave up has not ended the launch."""
+        self.alone = bool(said["again"] or said.get("alone"))
+        return Decision.from_dict(said)
 
     def close(self, decision: Decision) -> None:
         self._release()

@@ -16,13 +16,19 @@ from launch.supervise.journal import RankState
 from launch.supervise.node import Assembly
 from launch.supervise.processes import Worker, oom_kills
 from pretrain.attempt import ExitClass
+from pretrain.diagnosis import device_error, device_fingerprint
 
 #: Seconds between two looks at the ranks' heartbeats and states.
 LOOK_S = 0.25
 #: Seconds for the others to end too, once one has refused, stopped or lost another; and for stacks to be written.
 FOLLOW_S, STACKS_S = 10.0, 0.5
-#: Seconds for a rank to say what was wrong with it, once another has only lost it.
+#: Seconds for a rank to say what was wrong with it, once another has only lost it; and for one that said so to end.
 TELL_S = 2.0
+#: What ranks that ended with one of these codes have agreed on, though none of them has left why.
+_AGREED = {
+    frozenset({ExitClass.PREEMPTED.code}): causes.PREEMPTED,
+    frozenset({ExitClass.STOPPED.code}): Cause(ExitClass.STOPPED, "verdict", "a verdict that left no words"),
+}
 
 
 class Ranks:
@@ -170,6 +176,8 @@ class Ranks:
             return said if self.all_ended or waited > FOLLOW_S else None
         if said is not None and said.rank is not None:
             return said
+        if said is None and (agreed := _AGREED.get(frozenset(failed.values()))) is not None:
+            return agreed if waited > FOLLOW_S else None  # a file of rank 0's node is not seen at once everywhere
         if self.all_ended or waited > TELL_S:
             unexplained = self._unexplained(failed)
             return unexplained if said is None else causes.most_telling([unexplained, said])
@@ -192,6 +200,10 @@ class Ranks:
                     ExitClass.REFUSED, "refused", last.removeprefix("refused: ") or "refused", host=self._host
                 )
                 found.insert(0 if last else len(found), refusal)
+            elif (device := device_error("\n".join(self._logs[rank].last_errors))) is not None:
+                same = device_fingerprint(device, rank, step)
+                known = {"rank": rank, "step": step, "host": self._host, "fingerprint": same}
+                found.append(causes.fault("device", last or device.name, **known))
             elif "another rank is gone" in last:
                 found.append(causes.fault("store", last, step=step, host=self._host))
             else:
@@ -216,7 +228,7 @@ class Ranks:
         standing = []
         for rank, worker in alive.items():
             beat = worker.beat
-            if beat and beat.phase == "end" and now - beat.since > TELL_S and (said := self._failed()) is not None:
+            if beat and beat.phase == "end" and (said := self._failed(now - beat.since)) is not None:
                 return said  # its process does not end: a device that failed may hold it for ever
             ended = worker.pulse.ended(beat.phase) if beat else 0
             limit = self._patience.limit(beat.phase, ended, beat.work) if beat else STARTING_S
@@ -224,10 +236,13 @@ class Ranks:
         self._standing = standing or self._standing
         return self.hanging() if any(rank.silent_s > rank.limit_s for rank in standing) else None
 
-    def _failed(self) -> Cause | None:
-        """The fault that a rank has blamed itself for; None while none has."""
-        said = causes.said(self._run_dir, self._met.attempt)
-        return said if said and said.exit_class is ExitClass.FAULT and said.rank is not None else None
+    def _failed(self, ending_s: float) -> Cause | None:
+        """The fault by which a rank has been ending for ``ending_s``: soon one that a rank has blamed itself for, and
+        later also that ranks only lost each other. None while there is none."""
+        said = causes.said(self._run_dir, self._met.attempt) if ending_s > TELL_S else None
+        if said is None or said.exit_class is not ExitClass.FAULT:
+            return None
+        return said if said.rank is not None or ending_s > FOLLOW_S else None
 
     def _progress(self) -> None:
         for worker in self.workers.values():

@@ -72,8 +72,8 @@ class Records:
     def _open(self) -> None:
         try:
             journal = Journal(self._run_dir, self._listeners)
-        except Refusal as refusal:
-            self.refusal = str(refusal)
+        except (Refusal, OSError) as error:
+            self.refusal = str(error)
             return
         self.refusal, self._journal = None, journal
         lines, self._waiting = self._waiting, []

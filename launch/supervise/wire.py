@@ -207,14 +207,19 @@ def shared_token(path: Path) -> bytes:
             file.write(secrets.token_bytes(TOKEN_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(mine, path)  # unlike a rename, fails where another node was first
+        deadline = time.monotonic() + TOKEN_S
+        while time.monotonic() < deadline:
+            try:
+                with suppress(FileExistsError):
+                    os.link(mine, path)  # unlike a rename, fails where another node was first
+                token = path.read_bytes()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):  # a node that ends has removed it in between
+                    raise
+                token = b""
+            if len(token) == TOKEN_BYTES:
+                return token
+            time.sleep(0.1)  # a shared file system shows it to other nodes when it will
     finally:
         mine.unlink(missing_ok=True)
-    deadline = time.monotonic() + TOKEN_S
-    while time.monotonic() < deadline:
-        token = path.read_bytes()
-        if len(token) == TOKEN_BYTES:
-            return token
-        time.sleep(0.1)  # a shared file system shows it to other nodes when it will
     raise Refusal(f"{path} holds no token after {TOKEN_S:.0f} s: is the run directory one shared path on all nodes?")

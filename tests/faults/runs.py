@@ -380,9 +380,11 @@ class Launch(Run):
         self.strikes.append(strike)
 
     def ended(self, within_s: float = LONG_S) -> int:
-        """The largest exit code of the nodes that were not killed."""
+        """The exit code of the nodes' programs, on which they must agree: of each the newest, if it was not killed."""
         until = time.monotonic() + within_s
         while any(process.poll() is None for process in self.processes):
             assert time.monotonic() < until, f"the launch did not end within {within_s:.0f} s:\n{self.output()}"
             time.sleep(0.02)
-        return max(code for process in self.processes if (code := process.returncode) >= 0)
+        codes = {index: code for index, program in self.programs.items() if (code := program.returncode) >= 0}
+        assert len(set(codes.values())) == 1, f"nodes ended with codes {codes}:\n{self.output()}"
+        return next(iter(codes.values()))

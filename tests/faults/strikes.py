@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from pretrain.guards import findings
 from tests.faults import clock, memory, oracles
 from tests.faults.runs import Launch, Run, Strike
 
@@ -61,11 +62,17 @@ def inside(
         rank, attempt = chance.randrange(run.ranks), run.attempt
         step = run.next_step(phase, ahead=AHEAD)
         at = run.wait_for_strike(run.arm(rank, phase, what, step, seconds=chance.choice((-JUMP_S, JUMP_S))))
+        if what == "nan":
+            run.wait(lambda: (step, rank) in _findings(run), f"a finding about step {step} of rank {rank}")
         if kind is not None:  # of two replicas that differ nothing says which is right
             run.strikes.append(Strike(name, (kind,), None if kind == "mismatch" else rank, attempt, at))
         return Struck(ends=kind is not None)
 
     return Fault(name, play, missing)
+
+
+def _findings(run: Run) -> list[tuple[int, int | None]]:
+    return [(found["step"], found["rank"]) for found in findings.read(run.root)]
 
 
 def preempted(run: Run, chance: random.Random) -> Struck:

@@ -99,7 +99,7 @@ def test_the_search_finds_every_form_of_every_secret(secretive: None) -> None:
 
 
 def test_a_secret_is_masked_however_it_is_written(secretive: None) -> None:
-    address = "https://hooks.example/services/canary-hook/canary"
+    address = "https://hooks.example/services/canary-hook-0123456789"
     remember(address)
     said = leaky.confession(address)
     assert len(leaks(said.encode())) > 20
@@ -107,6 +107,14 @@ def test_a_secret_is_masked_however_it_is_written(secretive: None) -> None:
     for line in said.replace("\\n", "\n").splitlines():  # a log takes line by line
         assert leaks(mask(line).encode()) == []
     assert leaks(mask(f"POST {address.removeprefix('https://hooks.example')} HTTP/1.1").encode()) == []
+
+
+def test_words_of_an_address_are_no_secrets(secretive: None) -> None:
+    remember("https://ntfy.sh/pretrain")
+    remember("https://hooks.example/stoker-runs-of-the-team")
+    kept = "File /data/pretrain/loop.py, run.dir=/shared/stoker-runs-of-the-team"
+    assert mask(kept) == kept
+    assert "pretrain" not in mask("POST https://ntfy.sh/pretrain")
 
 
 @given(st.text(min_size=12, max_size=60), st.text(max_size=9), st.text(max_size=9))

@@ -77,3 +77,32 @@ def test_longer_windows_from_the_data_log_are_more_work_at_once(pool: Pool, tmp_
     assert len(setups) == 1 and setups != {0}
     for event, work in zip(trained(tmp_path / "runs" / "tiny"), works, strict=True):
         assert event.timing.mfu == pytest.approx(work / event.timing.step_time_s / 1e9), "of the work that was done"
+
+
+def phase_at_closing(source: str) -> str:
+    """What an agent reads while the sinks are closed."""
+    from pretrain.heartbeat import SIZE, VARIABLE, Pulse
+    from pretrain.sinks import Sinks
+
+    page, found = os.memfd_create("test"), []
+    os.ftruncate(page, SIZE)
+    os.environ[VARIABLE] = f"/proc/self/fd/{page}"
+    pulse, whole = Pulse(page), Sinks.close
+
+    def close(self: Sinks) -> None:
+        beat = pulse.read()
+        assert beat is not None
+        found.append(beat.phase)
+        whole(self)
+
+    Sinks.close = close  # type: ignore[method-assign]
+    try:
+        jobs.run(source, ["eval.every=null"])
+    finally:
+        Sinks.close = whole  # type: ignore[method-assign]
+        del os.environ[VARIABLE]
+    return str(found[-1])
+
+
+def test_a_server_that_is_slow_to_take_the_last_of_a_run_is_no_save_that_hangs(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(1, phase_at_closing, str(tiny(tmp_path))) == ["end"]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from pretrain import run
 from pretrain.config import RunConfig, load
 from pretrain.diagnosis import EITHER, HARDWARE, DeviceError, device_error, lost_peer
+from pretrain.rundir import begin, inspect, last_device
 
 #: As torch 2.13 ends what it says of an error of CUDA.
 ASYNCHRONOUS = (
@@ -109,6 +110,17 @@ SAID = {
         ),
         "exception", None,
     ),
+    "no room for memory that NCCL shares": (
+        dist.DistBackendError(
+            NCCL.format(
+                "unhandled system error (run with NCCL_DEBUG=INFO for details)",
+                "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. "
+                "\nLast error:\nError while creating shared memory segment /dev/shm/nccl-VPyhzw (size 21823872), "
+                "error: No space left on device (28)",
+            )
+        ),
+        "exception", None,
+    ),
     "torch's allocator": (
         torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 4.00 "
@@ -184,9 +196,17 @@ def test_what_a_rank_writes_down_of_its_device_names_it_and_is_the_same_failure_
     assert (found["kind"], found["rank"], found["step"], found["fingerprint"]) == ("device", 3, 17, same)
 
 
-@pytest.mark.parametrize(("error", "waits"), [(accelerator(214), False), (ValueError("a program's own"), True)])
-def test_after_an_error_of_the_device_nothing_is_asked_of_it_any_more(
-    error: Exception, waits: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("error", "backend", "waits"),
+    [
+        (accelerator(214), "nccl", False),
+        (ValueError("a program's own"), "nccl", True),
+        (GONE[0], "nccl", False),
+        (GONE[4], "gloo", True),
+    ],
+)
+def test_after_an_error_of_the_device_or_the_loss_of_a_peer_of_nccl_nothing_is_asked_of_it_any_more(
+    error: Exception, backend: str, waits: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fails(*told: object) -> None:
         raise error
@@ -194,7 +214,60 @@ def test_after_an_error_of_the_device_nothing_is_asked_of_it_any_more(
     destroyed: list[bool] = []
     monkeypatch.setattr(run, "_join", fails)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
     config = load("demo", [f"run.dir={tmp_path}"])
     assert run._attempt(config, run.World(0, 1, 0), None, run.Heartbeat(None)) == 1
     assert bool(destroyed) == waits
+
+
+#: Devices that are there, whether the run had some before, whether an agent started the rank; code, and what is said.
+MISSING = {
+    "lost after a restart": (3, True, True, 1, "rank 3 has no CUDA device: it is number 3 on "),
+    "all lost after a restart": (0, True, True, 1, "the run computed on them before"),
+    "too many ranks from the first": (3, False, True, 2, "refused: rank 3 has no CUDA device: it is number 3 on "),
+    "too many ranks of torchrun": (3, True, False, 2, "refused: rank 3 has no CUDA device: it is number 3 on "),
+    "no device any more, by hand": (0, True, False, 2, "refused: rank 3 has no CUDA device: "),
+    "never had one": (0, False, True, None, ""),
+    "has its own": (4, True, True, None, ""),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_rank_without_its_device_says_so_itself_and_never_takes_gloo_for_nccl(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    devices, before, agent, code, text = MISSING[name]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for variable, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(variable, value)
+    if agent:
+        monkeypatch.setenv("STOKER_ATTEMPT", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    for step in ("validate", "_validate_device"):
+        monkeypatch.setattr(run, step, lambda *told: None)
+    monkeypatch.setattr(run, "_attempt", lambda *told: 77)
+    arguments = ["demo", f"run.dir={tmp_path}"]
+    if before:
+        config = load(arguments[0], arguments[1:])
+        begin(inspect(config), config, config.plan(1), device="cuda").close()
+    assert run.main(arguments) == (77 if code is None else code)
+    said = capfd.readouterr().err.strip()
+    assert text in said and bool(said) == bool(text) and len(said.splitlines()) <= 1
+    assert code != 1 or device_error(said) == DeviceError("GPU is lost", hardware=True)
+    if before and not devices:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert run.main(arguments) == 77, "who wants the CPU says so"
+
+
+@pytest.mark.parametrize(("backend", "device"), [("nccl", "cuda"), ("gloo", "cpu")])
+def test_an_attempt_records_what_its_ranks_compute_on(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, src: None)
+    config = load("demo", [f"run.dir={tmp_path}"])
+    attempt, _ = run._begin(config, run.World(0, 1, 0), inspect(config))
+    assert attempt is not None
+    attempt.close()
+    assert last_device(config.run_dir) == device

@@ -15,7 +15,7 @@ import pytest
 from pretrain import rundir
 from pretrain.attempt import Exit, ExitClass, environment, lock_sha256, read_exit, record_exit
 from pretrain.config import RunConfig, load
-from pretrain.rundir import Attempt, begin, inspect
+from pretrain.rundir import Attempt, begin, inspect, last_device
 from stoker.errors import Refusal
 from stoker.yaml_core import parse_yaml
 
@@ -259,3 +259,14 @@ def test_a_password_in_a_path_is_not_written_down_and_does_not_stop_a_resume(tmp
     attempt = launch(tmp_path, blend)
     attempt.finish(ExitClass.FAULT, "cannot reach https://me:hunter2hunter2@host/store")
     assert all(b"hunter2" not in path.read_bytes() for path in attempt.root.rglob("*") if path.is_file())
+
+
+def test_what_a_run_computed_on_last_is_told_by_the_newest_attempt_that_began(tmp_path: Path) -> None:
+    config = load("demo", [f"run.dir={tmp_path}"])
+    assert last_device(config.run_dir) is None
+    for device in ("cpu", "cuda"):
+        begin(inspect(config), config, config.plan(1), device=device).close()
+    (config.run_dir / "attempts/0003").mkdir()  # it ended before it began
+    assert last_device(config.run_dir) == "cuda"
+    (config.run_dir / "attempts/0002/environment.json").write_text("{")
+    assert last_device(config.run_dir) is None

@@ -130,6 +130,17 @@ def test_a_pod_learns_from_its_labels_which_node_of_which_launch_it_is(eights: P
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("hardware", ["h100", "cpu"])
+def test_pods_of_a_host_that_is_lost_are_moved_within_a_minute(hardware: str) -> None:
+    """Kubernetes adds 300 s for each taint that a pod does not speak of (its documentation)."""
+    tolerated = pod(submission(prepared(*IN_PODS, "parallel={}", hardware=hardware, nodes=2)))["tolerations"]
+    seconds = {one["key"]: one["tolerationSeconds"] for one in tolerated if one["effect"] == "NoExecute"}
+    assert set(seconds) == {"node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"}
+    assert max(seconds.values()) <= 60
+    devices = [one["key"] for one in tolerated if one["effect"] == "NoSchedule"]
+    assert devices == (["nvidia.com/gpu"] if hardware == "h100" else [])
+
+
 def test_secrets_are_references(eights: Prepared) -> None:
     ready = submission(eights, ["WANDB_API_KEY=wandb/key"])
     env = {one["name"]: one for one in pod(ready)["containers"][0]["env"]}

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from launch.launching.where import Where
 from launch.preflight import run, shared
 from launch.preflight.report import Finding, Report, Verdict
 from launch.supervise import outcome
+from launch.supervise.nodes import Several
 from pretrain.config import RunConfig, load
 from stoker.errors import Refusal
 from tests.launch.launching.jobs import prepared
@@ -142,23 +144,81 @@ def test_a_node_that_is_not_fit_leaves_the_run_to_a_spare(
         node._fit(config, job, here)
 
 
-def test_the_agent_is_asked_once_however_often_the_scheduler_asks() -> None:
-    class Counting:
-        asked = 0
+class Ends:
+    """An agent that is asked by ``signals`` and ends by ``code``; ``nodes`` are those that agents were given."""
 
-        def ask_to_end(self) -> None:
-            self.asked += 1
+    def __init__(self, code: int, signals: Sequence[signal.Signals] = ()) -> None:
+        self.code, self.signals = code, signals
+        self.nodes: list[Any] = []
+        self._asked = 0
+        self.decision = SimpleNamespace(text="no node leads")
 
-    agent = Counting()
-    before = {number: signal.getsignal(number) for number in (*node.ENDING, signal.SIGINT)}
-    try:
-        node._pass_on(agent)  # type: ignore[arg-type]
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+    def __call__(self, work: object, node: Any) -> Ends:
+        self.nodes.append(node)
+        return self
+
+    def run(self) -> int:
+        for number in self.signals:
             signal.raise_signal(number)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert agent.asked == 1
+        return self.code
+
+    def ask_to_end(self) -> None:
+        self._asked += 1
+
+    @property
+    def asked(self) -> bool:
+        return self._asked > 0
+
+
+ASKED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+
+
+def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, agent: Ends, alone: bool, **pod: bool) -> int | None:
+    """What the part of n2 in a launch comes to, which ended ``alone`` or with the others."""
+    own = Several.__new__(Several)
+    own.alone = alone
+    monkeypatch.setattr("launch.supervise.agent.Agent", agent)
+    monkeypatch.setattr(node, "_node", lambda *given: own)
+    job = replace(Job.read(written(folder)), spares=1)
+    here = Where(1, ("n1", "n2"), ("n1", "n2"), "uid-0.g0", **pod)
+    return node._supervise(load(job.config), [], job, here, here.hosts)
+
+
+def test_the_agent_is_asked_once_however_often_the_scheduler_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(number) for number in ASKED]
+    agent = Ends(0, ASKED)
+    assert supervised(tmp_path, monkeypatch, agent, alone=False) == 0
+    assert agent._asked == 1 and [signal.getsignal(number) for number in ASKED] == before
+
+
+@pytest.mark.parametrize("code", [1, 2, 4])
+def test_an_end_that_a_pod_came_to_alone_is_not_that_of_a_launch_which_others_lead(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(node, "_led", lambda run_dir, launch: True)
+    ends = partial(supervised, tmp_path, monkeypatch)
+    assert ends(Ends(code), alone=True, comes_back=True) is None
+    assert "n2 takes no part, and waits for the end of the launch: no node leads" in capfd.readouterr().err
+    assert ends(Ends(code, ASKED), alone=True, comes_back=True) == 4
+    assert ends(Ends(code), alone=False, comes_back=True) == code
+    assert ends(Ends(code), alone=True) == code, "on Slurm it does not count against the others"
+    monkeypatch.setattr(node, "_led", lambda run_dir, launch: False)
+    assert ends(Ends(code), alone=True, comes_back=True) == code, "nobody leads"
+
+
+def test_a_launch_was_led_where_somebody_said_after_the_verdict_where_ranks_stand(tmp_path: Path) -> None:
+    verdict, ranks = tmp_path / shared.FOLDER / "l" / shared.VERDICT, tmp_path / "ranks.json"
+    verdict.parent.mkdir(parents=True)
+    assert not node._led(tmp_path, "l")
+    ranks.touch()
+    assert not node._led(tmp_path, "l")
+    verdict.touch()
+    os.utime(ranks, (1, 1))
+    assert not node._led(tmp_path, "l"), "those of the launch before"
+    ranks.touch()
+    assert node._led(tmp_path, "l") and not node._led(tmp_path, "k")
 
 
 @dataclass
@@ -192,6 +252,37 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pod:
     return made
 
 
+@pytest.mark.parametrize("end", [None, Refusal("n1 cannot listen"), OSError(5, "Input/output error")])
+def test_a_pod_that_is_cut_off_tries_again_and_ends_no_launch_that_is_led(
+    end: Exception | None, pod: Pod, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Once a minute, where the launch counts on it; and its code is in the end that of the others."""
+    ends = [end, end, 3]
+
+    def supervise(*given: object) -> int | None:
+        if isinstance(now := ends.pop(0), Exception):
+            raise now
+        return now
+
+    led, counts = [True], [True]
+    monkeypatch.setattr(node, "_led", lambda run_dir, launch: led[0])
+    monkeypatch.setattr(shared, "goes_on", lambda launch, run_dir, host: counts[0] and host == "n1")
+    monkeypatch.setattr(node, "_supervise", supervise)
+    monkeypatch.setattr(node, "_fit", lambda config, job, here: here.hosts)
+    looks = round(node.AGAIN_S / node.LOOK_S)
+    pod.plays = [lambda: None] * (2 * looks)
+    assert node.run(str(pod.path)) == 3 and not pod.plays and not ends
+    said = capfd.readouterr().err
+    assert said.count("n1 takes no part, and waits") == (0 if end is None else 2) and str(end or "") in said
+    ends[:], counts[0] = [end], False
+    pod.plays = [*[lambda: None] * (2 * looks), pod.ends(0, 1)]
+    assert node.run(str(pod.path)) == 1 and not pod.plays, "it tries no more"
+    ends[:], led[0] = [OSError("nobody leads")], False
+    (pod.run_dir / ".launch/uid-0.g0.ended").unlink()
+    with pytest.raises(OSError, match="nobody leads"):
+        node.run(str(pod.path))
+
+
 def test_a_pod_that_takes_no_part_waits_for_the_end_and_ends_like_the_others(pod: Pod) -> None:
     pod.plays = [lambda: None, lambda: None, pod.ends(0, 3)]
     assert node.run(str(pod.path)) == 3 and not pod.supervised and not pod.plays
@@ -200,6 +291,15 @@ def test_a_pod_that_takes_no_part_waits_for_the_end_and_ends_like_the_others(pod
 def test_a_pod_that_took_no_part_may_take_it_in_the_next_launch(pod: Pod) -> None:
     pod.plays = [pod.ends(0, 4)]
     assert node.run(str(pod.path)) == 4 and pod.supervised == ["uid-0.g1"]
+
+
+def test_a_pod_that_the_others_count_on_joins_them_as_soon_as_it_is_fit(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "goes_on", lambda launch, run_dir, host: (launch, host) == ("uid-0.g0", "n1"))
+    looks = round(node.AGAIN_S / node.LOOK_S)
+    pod.plays = [lambda: None] * (2 * looks)
+    assert node.run(str(pod.path)) == 4 and not pod.plays and pod.supervised == ["uid-0.g0"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3])

@@ -45,23 +45,26 @@ def ports(count: int) -> int:
 
 @dataclass
 class Pods:
-    """Two nodes of a rank each."""
+    """Two nodes of a rank each, and ``spares``."""
 
     folder: Path
+    spares: int = 0
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         play = {"steps": STEPS, "step_s": 0.03, "faults": []}
         (self.folder / "play.json").write_text(json.dumps(play))
-        ready = prepared(config=str(tiny(self.folder)), hardware="cpu", nodes=2, ranks=1)
+        spare = f"launch.spare_nodes={self.spares}"
+        ready = prepared(spare, config=str(tiny(self.folder)), hardware="cpu", nodes=2, ranks=1)
         self.run_dir = ready.config.run_dir
         launch = Folder.next(self.run_dir)
         launch.make()
-        hosts = ("127.0.0.1", "127.0.0.2")
-        job = replace(ready.job("tiny", launch.path, launch.number, hosts=hosts), port=ports(2))
+        hosts = tuple(f"127.0.0.{index + 1}" for index in range(2 + self.spares))
+        job = replace(ready.job("tiny", launch.path, launch.number, hosts=hosts), port=ports(len(hosts)))
         (launch.path / CONFIG).write_text(ready.config.masked().to_yaml())
         self.job = launch.path / JOB
         self.job.write_text(job.to_json())
+        self.port = job.port
 
     def start(self, index: int) -> subprocess.Popen[str]:
         pod = {"JOB_COMPLETION_INDEX": str(index), "STOKER_DOMAIN": "0", "STOKER_START": "0", "STOKER_SET": UID}
@@ -91,8 +94,8 @@ class Pods:
 
 
 @pytest.fixture
-def pods(tmp_path: Path) -> Iterator[Pods]:
-    made = Pods(tmp_path)
+def pods(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Pods]:
+    made = Pods(tmp_path, getattr(request, "param", 0))
     yield made
     for process in made.started:
         with suppress(psutil.NoSuchProcess):
@@ -134,3 +137,19 @@ def test_pods_that_have_saved_go_on_in_a_launch_of_their_own(pods: Pods) -> None
     assert pods.steps() == list(range(STEPS)) and attempts(pods.run_dir) == [1, 2]
     assert outcome.ended(pods.run_dir, f"{UID}-0.g1") == 0 and outcome.ended(pods.run_dir, f"{UID}-0.g0") == 4
     assert {path.name for path in (pods.run_dir / FOLDER).iterdir()} == {f"{UID}-0.g0", f"{UID}-0.g1"}
+
+
+@pytest.mark.parametrize("pods", [1], indirect=True)
+def test_a_pod_that_cannot_join_ends_nothing_and_ends_like_the_others(pods: Pods) -> None:
+    """Its exit code, 2 before, would end the whole set."""
+    all_three = [pods.start(index) for index in range(3)]
+    pods.wait(lambda: len(pods.steps()) >= 5)
+    all_three[2].kill()
+    all_three[2].wait()
+    pods.started.remove(all_three[2])
+    with socket.create_server(("127.0.0.3", pods.port + 2)):  # of somebody else
+        all_three[2] = pods.start(2)
+        pods.wait(lambda: "127.0.0.3 takes no part" in pods.said())
+        assert "cannot listen" in pods.said() and outcome.ended(pods.run_dir, f"{UID}-0.g0") is None
+        assert [pods.code(process) for process in all_three] == [0, 0, 0], pods.said()
+    assert pods.steps() == list(range(STEPS)) and attempts(pods.run_dir) == [1]

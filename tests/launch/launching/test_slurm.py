@@ -248,6 +248,28 @@ def test_the_job_ends_as_its_nodes_agreed(
     assert (tmp_path / "asked").exists() == queued and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("nodes", "folder", "notice", "ends"),
+    [(2, True, False, 0), (1, True, False, 137), (2, False, False, 137), (2, True, True, 0)],
+)
+def test_what_the_nodes_agreed_on_is_waited_for_where_it_may_be_on_its_way(
+    tmp_path: Path, nodes: int, folder: bool, notice: bool, ends: int
+) -> None:
+    """A network file system shows late what another node has written; a job that is to be queued again cannot wait."""
+    fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/asked')
+    launches = tmp_path / ".launch"
+    if folder:
+        launches.mkdir()
+    late = f"sleep 2; mkdir -p {launches}; echo 0 > {launches}/1-7-0.ended"
+    command = f"({late}) & trap : USR1; {'kill -USR1 $PPID; sleep 0.3;' if notice else ''} exit 137"
+    known = {name: value for name, value in os.environ.items() if name != "SLURM_RESTART_COUNT"}
+    known |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": str(nodes)}
+    argv = ["bash", str(slurm.script_path()), f"{launches}/1-", "bash", "-c", command]
+    done = subprocess.run(argv, cwd=tmp_path, env=known, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == ends, done.stderr
+    assert (tmp_path / "asked").exists() == notice
+
+
 def test_where_no_launch_says_how_it_ended_the_command_does(tmp_path: Path) -> None:
     (tmp_path / "-7-0.ended").write_text("0\n")
     argv = ["bash", str(slurm.script_path()), "-", "bash", "-c", "exit 5"]

@@ -102,8 +102,9 @@ def test_a_lost_node_costs_a_run_that_a_spare_finished_nothing(
 ) -> None:
     """Without the nodes' own word the job fails: srun's code is that of the lost node."""
     (tmp_path / "node.py").write_text(NODE)
+    folder = "" if recorded else "none"  # where a launch has begun its own word is waited for
     argv = ["sbatch", "--parsable", "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--no-requeue"]
-    argv += [f"--chdir={tmp_path}", "--output=out.log", str(slurm.script_path()), f"{tmp_path}/1-"]
+    argv += [f"--chdir={tmp_path}", "--output=out.log", str(slurm.script_path()), f"{tmp_path / folder}/1-"]
     argv += ["srun", "--mpi=none", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0", "--input=none", "--no-kill"]
     number = cluster.run(*argv, sys.executable, "node.py", *([f"{tmp_path}/1-"] if recorded else [])).strip()
     until(lambda: len(list(tmp_path.glob("begun_*"))) == 3, 60)

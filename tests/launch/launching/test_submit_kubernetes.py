@@ -136,6 +136,19 @@ def test_where_apply_does_not_answer_the_jobset_is_looked_for_and_nothing_delete
     assert kubectl.verbs() == ["get", "try", "apply", "get"]
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_where_the_answer_of_apply_was_lost_nothing_is_deleted(kubectl: Kubectl, rack: Prepared, taken: bool) -> None:
+    lost = "error when creating STDIN: Post jobsets: context deadline exceeded (Client.Timeout exceeded)"
+    kubectl.does("apply", f"echo '{MADE[0]} created'; echo '{lost}' >&2; exit 1")
+    kubectl.does("get", f"[[ -f {kubectl.folder}/apply.argv ]] && echo {MADE[2]}" if taken else "")
+    if taken:
+        submit(submission(rack))
+    else:
+        assert "kubectl had no answer. The job may be there all the same" in refused(rack)
+    assert kubectl.verbs() == ["get", "try", "apply", "get"]
+    assert "--request-timeout=0" in kubectl.read("apply.argv").splitlines(), "the answer is waited for"
+
+
 def test_a_kubectl_that_cannot_be_started_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rack: Prepared
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from launch.launching.job import Prepared
 from launch.launching.slurm import array_tasks, stop_arrays, submit, submit_array
 from pretrain.config_sections import LaunchSection
 from stoker.errors import Refusal
+from tests.house.sources import HOME
 from tests.launch.launching.jobs import on_slurm, prepared, tree, value
 from tests.launch.launching.slurm_cluster import Cluster, until
 from tests.launch.tiny import tiny
@@ -59,6 +62,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
     put("sinfo", "echo 'batch|4'")
     put("squeue", "exit 0")
+    put("scontrol", "exit 0")
     return put
 
 
@@ -74,11 +78,23 @@ def test_a_launch_carries_the_mark_by_which_it_is_found(ready: Prepared) -> None
     assert value(argv, "--comment") == f"stoker {ready.config.run_dir}/launch/0001"
 
 
+def test_two_launches_of_one_folder_have_marks_of_their_own(
+    ready: Prepared, tmp_path: Path, command: Callable[[str, str], None]
+) -> None:
+    command("sbatch", f"printf '%s\\n' \"$@\" >> {tmp_path}/argv; echo 77")
+    for _ in range(2):
+        submit(ready, Folder.next(ready.config.run_dir))
+        shutil.rmtree(ready.config.run_dir)
+    marks = [word for word in (tmp_path / "argv").read_text().splitlines() if word.startswith("--comment=")]
+    assert len(set(marks)) == 2 and all(f"{ready.config.run_dir}/launch/0001 " in mark for mark in marks)
+
+
 @pytest.mark.parametrize(
     "sbatch",
     [
         "exec sleep 60",  # no answer
         f"echo '{LATE}' >&2; exit 1",
+        "echo 'Batch job submission failed: Unable to contact slurm controller (receive failure)' >&2; exit 1",
         "kill -KILL $$",
         "echo 'site policy: welcome'",  # no number
     ],
@@ -86,9 +102,11 @@ def test_a_launch_carries_the_mark_by_which_it_is_found(ready: Prepared) -> None
 def test_a_job_that_slurm_took_without_saying_so_is_found(
     ready: Prepared, command: Callable[[str, str], None], sbatch: str
 ) -> None:
-    command("sbatch", sbatch)
-    mark = f"stoker {ready.config.run_dir}/launch/0001"
-    command("squeue", f"echo '76|N/A|RUNNING|{mark}0'; echo '77|N/A|PENDING|{mark}'; echo '78|N/A|RUNNING|other'")
+    here = ready.config.run_dir.parent
+    command("sbatch", f'for word; do [[ $word == --comment=* ]] && echo "${{word#*=}}" > {here}/mark; done; {sbatch}')
+    mark = f"$(cat {here}/mark)"
+    lines = [f"76|N/A|RUNNING|{mark}0", f"77|N/A|PENDING|{mark}", "78|N/A|RUNNING|other"]
+    command("squeue", "\n".join(f'echo "{line}"' for line in lines))
     assert submit(ready, Folder.next(ready.config.run_dir)) == "77"
     assert '"job": "77"' in (ready.config.run_dir / "launch/0001/submission.json").read_text()
 
@@ -104,7 +122,7 @@ def test_where_nobody_knows_the_launch_stays_and_the_message_says_how_to_look_an
     text = refused(ready)
     folder = ready.config.run_dir / "launch/0001"
     assert "Socket timed out" in text and seen in text and f"{folder} stays" in text
-    assert f"`squeue --me --format='%F %k'` shows it by the words 'stoker {folder}', and scancel" in text
+    assert f"`squeue --me --format='%F %k'` shows it by the words 'stoker {folder} " in text
     assert {"launch.json", "config.yaml"} <= set(tree(folder))
     assert Folder.next(ready.config.run_dir).number == 2, "the next launch has a mark of its own"
 
@@ -115,9 +133,27 @@ def test_an_array_that_nobody_knows_of_is_found_once_it_is_there(
     command("sbatch", f"printf '%s\\n' \"$@\" > {tmp_path}/argv; echo '{LATE}' >&2; exit 1")
     with pytest.raises(Refusal, match="may be there all the same"):
         submit_array([sys.executable], tmp_path, [1, 2], 1, LaunchSection(), 1, 0)
-    assert array_tasks(tmp_path) == []
+    assert array_tasks(tmp_path) == [] and len(list(tmp_path.glob("array-*.json"))) == 1
     command("squeue", f"echo '12|2|PENDING|{value((tmp_path / 'argv').read_text().splitlines(), '--comment')}'")
     assert [(task.job, task.index) for task in array_tasks(tmp_path)] == [("12", 2)]
+
+
+def test_an_array_whose_command_is_killed_before_the_answer_is_found(
+    tmp_path: Path, command: Callable[[str, str], None]
+) -> None:
+    command("sbatch", f"printf '%s\\n' \"$@\" > {tmp_path}/argv; kill -KILL $PPID; sleep 1")
+    asks = "from launch.launching.slurm import submit_array; from pretrain.config_sections import LaunchSection; "
+    asks += f"from pathlib import Path; submit_array(['x'], Path({str(tmp_path)!r}), [1, 2], 1, LaunchSection(), 1, 0)"
+    assert subprocess.run([sys.executable, "-c", asks], cwd=HOME).returncode == -9
+    command("squeue", f"echo '12|2|PENDING|{value((tmp_path / 'argv').read_text().splitlines(), '--comment')}'")
+    assert [(task.job, task.index) for task in array_tasks(tmp_path)] == [("12", 2)]
+
+
+def test_an_array_that_slurm_refuses_leaves_nothing(tmp_path: Path, command: Callable[[str, str], None]) -> None:
+    command("sbatch", "echo 'Invalid account' >&2; exit 1")
+    with pytest.raises(Refusal, match="Invalid account; nothing was submitted"):
+        submit_array([sys.executable], tmp_path, [1, 2], 1, LaunchSection(), 1, 0)
+    assert list(tmp_path.glob("array-*.json")) == []
 
 
 @pytest.mark.parametrize("sbatch", ["#!/no/such/interpreter\n", ""])
@@ -207,10 +243,25 @@ def test_stop_takes_out_what_waits_then_asks_what_runs_and_nothing_else(
     assert [(task.job, task.index) for task in stopped if task.waits] == [("12", 2), ("13", 5)]
     assert (tmp_path / "cancelled").read_text().splitlines() == [
         "--state=PENDING 12",
-        "--full --signal=TERM 12",
         "--state=PENDING 13",
+        "--full --signal=TERM 12",
     ]
     assert {task.index for task in array_tasks(tmp_path)} == {1, 2, 5}
+
+
+def test_a_task_that_begins_as_the_waiting_ones_are_taken_out_is_asked_to_save(
+    tmp_path: Path, command: Callable[[str, str], None]
+) -> None:
+    mark = array(tmp_path, command, 12)
+    command("squeue", f"[[ -f {tmp_path}/cancelled ]] && echo '12|1|RUNNING|{mark}' || echo '12|1|PENDING|{mark}'")
+    command("scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    command("scontrol", f'echo "$@" >> {tmp_path}/cancelled')
+    assert [task.waits for task in stop_arrays(tmp_path)] == [False]
+    assert (tmp_path / "cancelled").read_text().splitlines() == [
+        "--state=PENDING 12",
+        "update JobId=12_[1] Requeue=0",
+        "--full --signal=TERM 12",
+    ]
 
 
 @pytest.mark.parametrize(

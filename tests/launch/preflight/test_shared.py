@@ -170,6 +170,7 @@ def test_a_node_whose_own_checks_refuse_is_told_to_all(tmp_path: Path) -> None:
 def test_a_node_that_comes_when_all_is_decided_learns_that_it_is_out(tmp_path: Path) -> None:
     verdict = agreed(meet(tmp_path, "abc", 2, present="ab", timeout_s=1.0))
     assert agreed(meet(tmp_path, "abc", 2, present="c", timeout_s=1.0)) == verdict and set(verdict.excluded) == {"c"}
+    assert [shared.goes_on("job-1", tmp_path, node) for node in (None, *"abc")] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("node", ["a", "c"])

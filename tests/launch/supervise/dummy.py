@@ -109,6 +109,7 @@ class Play:
 
 def strike(what: str, play: Play) -> None:
     from pretrain.attempt import ExitClass, record_exit
+    from pretrain.diagnosis import NO_DEVICE
 
     if what == "exception":
         raise RuntimeError("cosmic ray")
@@ -140,6 +141,13 @@ def strike(what: str, play: Play) -> None:
         record_exit(path, ExitClass.FAULT, "uncorrectable ECC error", play.rank, **known)
         play.heartbeat.at("end")
         time.sleep(FOR_EVER_S)
+    elif what == "lost":  # another, as it says; and never ends
+        record_exit(play.run_dir / "attempts" / f"{play.attempt:04d}", ExitClass.FAULT, "another rank is gone")
+        play.heartbeat.at("end")
+        time.sleep(FOR_EVER_S)
+    elif what == "no device":
+        print(f"rank {play.rank} {NO_DEVICE}: it is number 1 on a, which has 1", file=sys.stderr, flush=True)
+        os._exit(1)
     elif what == "exit":
         print("going home", file=sys.stderr, flush=True)
         os._exit(7)

@@ -17,8 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.supervise import heartbeats, journal, logs, processes
+from launch.supervise import causes, heartbeats, journal, logs, processes
+from launch.supervise import ranks as rank_module
 from launch.supervise.agent import Agent, Work, asked_to_end
+from launch.supervise.causes import Cause
 from launch.supervise.node import Alone
 from pretrain.attempt import Exit, read_exit
 from pretrain.config_sections import LaunchSection
@@ -121,6 +123,25 @@ def test_a_rank_that_said_why_it_failed_and_never_ends_is_not_waited_for(stage: 
     assert stage.exit(1).kind == "device" and time.monotonic() - before < heartbeats.UNKNOWN_S
 
 
+def test_ranks_that_lost_each_other_and_never_end_are_not_waited_for(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeats, "STARTING_S", 30.0)  # to tell it from
+    monkeypatch.setattr(rank_module, "FOLLOW_S", 2.5)
+    stage.play(fault(0, 5, "lost"), fault(1, 5, "lost"))
+    assert stage.run() == 0
+    ended = stage.exit(1)
+    assert (ended.rank, ended.cause) == (None, "another rank is gone")
+
+
+def test_a_rank_that_finds_no_device_after_a_restart_is_an_error_of_the_device_and_not_a_refusal(stage: Stage) -> None:
+    stage.play(fault(0, 5, "SIGKILL"), fault(1, 6, "no device", times=2))
+    assert stage.run() == 0
+    found = [(stage.exit(attempt).kind, stage.exit(attempt).rank) for attempt in (1, 2, 3, 4)]
+    assert found == [("signal", 0), ("device", 1), ("device", 1), ("done", None)], "never the same failure twice"
+    assert "which has 1" in stage.exit(2).cause
+
+
 def test_a_rank_that_nccl_ended_for_its_own_device_says_so_and_one_whose_peers_are_silent_blames_nobody(
     stage: Stage,
 ) -> None:
@@ -205,6 +226,29 @@ def test_asked_to_end_the_ranks_save_and_the_code_is_4(stage: Stage) -> None:
     ended = stage.exit(1)
     assert ended.kind == "preempted" and ended.cause == f"step {len(stage.done())} is saved"
     assert 5 <= len(stage.done()) < STEPS and attempts(stage.root) == [1]
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_ranks_that_saved_are_believed_though_nobody_sees_what_rank_0_wrote(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Another node's file system shows it late, or never."""
+    monkeypatch.setattr(rank_module, "FOLLOW_S", 1.5)
+    told, begun = causes.said, time.monotonic()
+
+    def said(run_dir: Path, attempt: int) -> Cause | None:
+        ended = time.monotonic() - begun > 1.0 and late
+        return told(run_dir, attempt) if ended else None
+
+    def ask(agent: Agent) -> None:
+        nonlocal begun
+        begun = time.monotonic()
+        agent.ask_to_end()
+
+    monkeypatch.setattr(causes, "said", said)
+    stage.play(step_s=0.05, steps=10_000)
+    assert stage.run(after(5, stage, ask)) == 4
+    assert stage.exit(1).kind == "preempted"
 
 
 def test_ranks_that_do_not_end_are_killed_after_the_grace_and_at_once_when_asked_again(stage: Stage) -> None:

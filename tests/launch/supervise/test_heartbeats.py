@@ -16,6 +16,7 @@ import pytest
 from launch.supervise import stacks
 from launch.supervise.heartbeats import (
     AMOUNTS,
+    FIRST,
     FIRST_S,
     KNOWN_AFTER,
     LEAST_LONG_S,
@@ -60,13 +61,14 @@ def test_durations_are_handed_over_once_and_the_newest_are_kept(page: int) -> No
     heart.at("compute", 0)
     time.sleep(0.02)
     heart.at("record", 0)
-    ((took, work),) = pulse.new_durations()["compute"]
-    assert 0.02 <= took < 5 and work == 0.0 and pulse.new_durations() == {}
+    ((number, took, work),) = pulse.new_durations()["compute"]
+    assert number == 0 and 0.02 <= took < 5 and work == 0.0 and pulse.new_durations() == {}
     for step in range(3 * RING):
         heart.at("compute", step)
         heart.at("read", step)
     found = pulse.new_durations()
-    assert len(found["compute"]) == RING and pulse.ended("compute") == 3 * RING + 1
+    numbers = [number for number, _, _ in found["compute"]]
+    assert numbers == list(range(2 * RING + 1, 3 * RING + 1)) and pulse.ended("compute") == 3 * RING + 1
     assert set(found) <= set(PHASES)
 
 
@@ -81,7 +83,7 @@ def test_a_rank_says_how_much_work_a_step_is_and_each_phase_keeps_its_own(page: 
     heart.works(5e15, 7)
     heart.at("compute", 1)
     heart.at("record", 1)
-    found = {phase: [work for _, work in took] for phase, took in pulse.new_durations().items()}
+    found = {phase: [work for _, _, work in took] for phase, took in pulse.new_durations().items()}
     assert found == {"read": [3e9, 5e15], "compute": [3e9, 5e15]}
 
 
@@ -114,19 +116,27 @@ def test_a_reader_never_meets_half_a_beat(page: int) -> None:
         thread.join()
 
 
-def took(seconds: float, times: int = 1, work: float = 0.0) -> list[tuple[float, float]]:
-    return [(seconds, work)] * times
+def took(seconds: float, times: int = 1, work: float = 0.0, number: int = FIRST) -> list[tuple[int, float, float]]:
+    """Phases that are not the first of an attempt, unless ``number`` says so."""
+    return [(number, seconds, work)] * times
+
+
+def warm() -> Patience:
+    """One that knows first steps, of a quarter of a second."""
+    patience = Patience()
+    patience.learn({phase: took(0.25, number=0) for phase in PHASES})
+    return patience
 
 
 def test_patience_is_three_times_the_99th_percentile_and_three_seconds_at_least() -> None:
-    patience = Patience()
+    patience = warm()
     assert patience.limit("compute", 99) == UNKNOWN_S and patience.limit("load", 0) == STARTING_S
-    patience.learn({"compute": took(0.01, 7)})
-    assert patience.limit("compute", 99) == UNKNOWN_S, "seven say nothing yet"
+    patience.learn({"compute": took(0.01, KNOWN_AFTER - 1)})
+    assert patience.limit("compute", 99) == UNKNOWN_S, "too few say nothing yet"
     patience.learn({"compute": took(0.01)})
     assert patience.limit("compute", 99) == LEAST_S
-    patience.learn({"read": took(5.0, 99) + took(60.0)})
-    assert patience.limit("read", 99) == pytest.approx(15.0), "one of a hundred that took long does not count"
+    patience.learn({"compute": took(5.0, 99) + took(60.0)})
+    assert patience.limit("compute", 99) == pytest.approx(15.0), "one of a hundred that took long does not count"
     assert patience.limit("save", 0) == LONG_S, "of a disk nothing is known"
     patience.learn({"save": took(5.0, 8)})
     assert patience.limit("save", 99) == LEAST_LONG_S
@@ -135,8 +145,36 @@ def test_patience_is_three_times_the_99th_percentile_and_three_seconds_at_least(
     assert told.limit("compute", 0) == 1.5 and told.limit("start", 0) == STARTING_S
 
 
-def test_a_step_of_more_work_has_more_time_from_the_first_and_one_of_less_not_less() -> None:
+def test_a_first_step_that_compiles_may_take_as_long_after_a_restart_and_is_not_learnt_as_what_a_step_takes() -> None:
     patience = Patience()
+    patience.learn({"compute": took(45.0, number=0) + took(5.0, number=1) + took(0.1, KNOWN_AFTER, work=1.0)})
+    assert patience.limit("compute", FIRST, 1.0) == LEAST_S, "once it is warm a hang is noticed as soon as ever"
+    assert patience.limit("compute", 0, 1.0) == patience.limit("compute", FIRST - 1, 1.0) == pytest.approx(135.0)
+    assert patience.limit("compute", 99, 2.0) == pytest.approx(135.0), "other shapes are compiled anew"
+    patience.learn({"compute": took(120.0, number=0, work=2.0)}, setup=8)
+    assert patience.limit("compute", 0, 2.0) == pytest.approx(360.0), "more than what is given to the unknown"
+    unaware = Patience()
+    unaware.learn({"compute": took(0.1, 8)})
+    assert unaware.limit("compute", 0) == unaware.limit("compute", 99, 2.0) == UNKNOWN_S, "no first step was seen"
+
+
+@pytest.mark.parametrize("phase", ["read", "record"])
+def test_files_may_stall_as_long_as_a_slow_step_takes_and_three_seconds_at_least(phase: str) -> None:
+    patience = warm()
+    patience.learn(
+        {"read": took(0.5, 8, work=1.0), "compute": took(7.0, 8, work=1.0), "record": took(0.01, 8, work=1.0)}
+    )
+    assert patience.limit(phase, 99, 1.0) == pytest.approx(22.5)
+    assert patience.limit("compute", 99, 1.0) == pytest.approx(21.0)
+    quick = warm()
+    quick.learn({name: took(0.01, 8, work=1.0) for name in ("read", "compute", "record")})
+    assert quick.limit(phase, 99, 1.0) == LEAST_S
+    quick.learn({phase: took(4.0, 8, work=1.0)})
+    assert quick.limit(phase, 99, 1.0) >= 12.0, "and as long as they are known to"
+
+
+def test_a_step_of_more_work_has_more_time_from_the_first_and_one_of_less_not_less() -> None:
+    patience = warm()
     patience.learn({"compute": took(4.0, 100, work=1e15), "save": took(40.0, 8, work=1e15)})
     assert patience.limit("compute", 99, 1e15) == pytest.approx(12.0)
     assert patience.limit("compute", 99, 16e15) == pytest.approx(16 * 12.0)
@@ -159,7 +197,7 @@ def test_another_layout_or_configuration_is_learnt_anew_and_the_same_is_not() ->
 
 
 def test_a_batch_that_grows_with_every_step_is_followed_and_not_remembered_for_ever() -> None:
-    patience = Patience()
+    patience = warm()
     patience.learn({"compute": took(10.0, 50, work=100.0)})
     for work in range(101, 1000):
         assert patience.limit("compute", 99, work) == pytest.approx(max(FIRST_S, 0.3 * work)), "by what is known"
@@ -182,14 +220,14 @@ def test_ten_thousand_clean_steps_of_a_curriculum_raise_no_alarm() -> None:
     patience = Patience()
     for step, (seconds, work) in enumerate(curriculum()):
         assert seconds <= patience.limit("compute", step, work), f"step {step} took {seconds:.1f} s"
-        patience.learn({"compute": [(seconds, work)]})
+        patience.learn({"compute": [(step, seconds, work)]})
     assert patience.limit("compute", 99, curriculum()[-1][1]) < 10
 
 
 def test_the_curriculum_would_be_a_hang_to_who_looks_at_seconds_alone() -> None:
     patience = Patience()
     steps = curriculum()[:2001]
-    patience.learn({"compute": [(seconds, 0.0) for seconds, _ in steps[:2000]]})
+    patience.learn({"compute": [(step, seconds, 0.0) for step, (seconds, _) in enumerate(steps[:2000])]})
     assert steps[-1][0] > patience.limit("compute", 99)
 
 

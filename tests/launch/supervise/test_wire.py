@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.supervise import wire
-from launch.supervise.wire import NONCE_BYTES, Broken, Door, Link, connect
+from launch.supervise.wire import NONCE_BYTES, Broken, Door, Link, connect, shared_token
+from stoker.errors import Refusal
 from tests.launch.supervise.nodes.agents import free_ports
 
 TOKEN, OTHER = b"t" * 32, b"u" * 32
@@ -256,3 +260,38 @@ def test_lines_that_are_changed_repeated_or_left_out_end_the_connection(act: str
             other.close()
 
     served(play)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+def test_a_token_that_is_removed_as_it_is_read_is_made_again(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a node does that finds its launch ended, while another begins the next one."""
+    path, read, times = tmp_path / ".launch" / "l.token", Path.read_bytes, [0]
+
+    def removed(self: Path) -> bytes:
+        times[0] += 1
+        if times[0] < 3:
+            path.unlink()
+            raise OSError(number, os.strerror(number))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", removed)
+    token = shared_token(path)
+    assert times[0] == 3 and len(token) == 32 and read(path) == token == shared_token(path)
+    assert [each.name for each in path.parent.iterdir()] == ["l.token"] and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_token_that_never_comes_is_refused_and_what_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "TOKEN_S", 0.3)
+    path = tmp_path / "l.token"
+    path.write_bytes(b"torn")
+    with pytest.raises(Refusal, match="holds no token"):
+        shared_token(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        shared_token(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["l.token"]

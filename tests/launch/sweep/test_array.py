@@ -49,6 +49,7 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str],
     put("sinfo", "echo 'batch|4'")
     put("sbatch", f'for word; do [[ $word == --comment=* ]] && echo "${{word#*=}}" > {tmp_path}/mark; done; echo 12')
     put("scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    put("scontrol", "exit 0")
     return put
 
 
@@ -74,6 +75,28 @@ def test_an_image_that_no_task_would_run_in_is_refused(tmp_path: Path) -> None:
     ledger = planned(tmp_path, base={"launch.container": "ghcr.io/x/stoker:1"})
     with pytest.raises(Refusal, match="the tasks of an array run"):
         array.submit(ledger)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("launch.container", "ghcr.io/x/stoker:1", "run 2: launch.container: the tasks of an array run"),
+        ("launch.time_limit_min", 600, "launch.time_limit_min is None in run 1 and 600 in run 2: an array has one"),
+    ],
+)
+def test_runs_that_ask_for_what_an_array_has_once_are_refused(
+    tmp_path: Path, key: str, value: object, said: str
+) -> None:
+    ledger = planned(tmp_path, list=[{"train.lr": 0.01}, {key: value}])
+    with pytest.raises(Refusal, match=said):
+        array.submit(ledger)
+
+
+def test_stop_with_dry_run_is_refused(tmp_path: Path, put: Callable[[str, str], None]) -> None:
+    ledger = planned(tmp_path, seeds=3)
+    array.submit(ledger)
+    done = CliRunner().invoke(APP, [str(ledger.root), "--stop", "--dry-run"])
+    assert isinstance(done.exception, Refusal) and not (tmp_path / "cancelled").exists()
 
 
 def test_the_command_stops_an_array_by_its_file_or_its_folder(tmp_path: Path, put: Callable[[str, str], None]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.launching.job import Role
 from launch.supervise import causes
 from launch.supervise.causes import Cause
-from launch.supervise.leader import Facts
+from launch.supervise.leader import REJOIN_S, Facts
 from launch.supervise.node import Assembly
 from launch.supervise.nodes import Several
 from launch.supervise.policy import Decision
@@ -54,7 +54,7 @@ class Wire:
 
     def _carry(self, near: socket.socket) -> None:
         with near, contextlib.suppress(OSError):
-            while self._cut.is_set():  # a packet lost, and sent again when it can
+            while self._cut.is_set() and not self._closed:  # a packet lost, and sent again when it can
                 time.sleep(0.05)
             with socket.create_connection(("127.0.0.1", self._to)) as far:
                 while not self._closed:
@@ -74,6 +74,7 @@ class Wire:
 
     def close(self) -> None:
         self._closed = True
+        self._server.shutdown(socket.SHUT_RDWR)  # close alone does not wake who accepts
         self._server.close()
 
 
@@ -141,6 +142,7 @@ class Launch:
         spares: Sequence[int] = (),
         domains: Sequence[int] = (),
         addresses: Sequence[str] = (),
+        rejoin_s: float = REJOIN_S,
     ) -> None:
         roles = [Role(domains[i] if domains else None, i in spares) for i in range(count)]
         ports, hosts = free_ports(count), tuple(f"n{i}" for i in range(count))
@@ -160,6 +162,7 @@ class Launch:
                 100,
                 5.0,
                 TOKEN,
+                rejoin_s=rejoin_s,
             )
             self.agents.append(Pretend(Several(facts, i)))
         for agent in self.agents:

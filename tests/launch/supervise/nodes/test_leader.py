@@ -44,10 +44,13 @@ class Ear:
 class Scene:
     """Nodes n0 and n1 train, n2 is the spare; each runs two ranks."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, rejoin_s: float = leader.REJOIN_S) -> None:
         roles = [Role(None, False), Role(None, False), Role(None, True)]
         hosts, ports = ("n0", "n1", "n2"), (1, 2, 3)
-        self.leader = Leader(Facts(hosts, hosts, ports, roles, frozenset(range(3)), 2, run_dir, 9, 1.0, b""))
+        facts = Facts(
+            hosts, hosts, ports, roles, frozenset(range(3)), 2, run_dir, 9, 1.0, b"", rejoin_s=rejoin_s
+        )  # fmt: skip
+        self.leader = Leader(facts)
         self.ears = [Ear() for _ in range(3)]
         for node in range(3):
             self.join(node)
@@ -301,3 +304,94 @@ def test_the_leader_that_was_lost_is_not_waited_for_and_others_are(tmp_path: Pat
     assert scene.attempt() == (None if waits else 5)
     scene.turn(leader.SETTLE_S)
     assert scene.attempt() == 5
+
+
+def test_an_attempt_is_judged_once_by_whom_ever(scene: Scene) -> None:
+    """n0 led, was cut off, and comes back with what it remembers of before: n1 has judged meanwhile."""
+    before = scene.leader._memory
+    scene.leader.leave(0, "cut off")
+    scene.found(1, None, 1)
+    scene.turn()
+    after = scene.leader._memory
+    assert scene.leader._policy.restarts == 1 and scene.leader._faults == {0: 1}
+    scene.leader.join(0, scene.ears[0], {"memory": before})  # type: ignore[arg-type]
+    scene.ready(0, cause=cut_off_from("n1", "n0"), attempt=1)
+    assert scene.leader._memory == after
+    again = Leader(scene.leader.facts)
+    again.join(2, scene.ears[2], {"memory": after})  # type: ignore[arg-type]
+    again.join(0, scene.ears[0], {"memory": before})  # type: ignore[arg-type]
+    again.take(0, {"ready": {"port": 1, "attempt": 1, "cause": cut_off_from("n1", "n0").to_dict(), "step": None}})
+    assert again._judge_pending() and again._memory == after
+    again.close()
+
+
+def test_a_node_that_is_slow_to_end_its_ranks_is_left_out_and_not_blamed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader, "CONCLUDE_S", 0.2)
+    scene.found(0, causes.fault("device", "rank 0: ECC", rank=0, host="n0"), 1)
+    scene.turn(1.0)
+    ended = read_exit(attempt_path(scene.leader.facts.run_dir, 1))
+    assert ended is not None and (ended.kind, ended.host) == ("device", "n0")
+    assert 0 in scene.leader._faults and 1 not in scene.leader._faults
+
+
+def test_files_that_cannot_be_opened_end_the_launch_and_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", ".supervisor.lock")
+
+    monkeypatch.setattr(records, "Journal", denied)
+    monkeypatch.setattr(leader, "LEASE_S", 0.2)
+    scene = Scene(tmp_path / "run")
+    scene.ready(0, 1, 2)
+    begun = time.monotonic()
+    while scene.code() is None and time.monotonic() - begun < 20:
+        scene.turn(0.05)
+    assert scene.code() == 2 and scene.leader.final is not None and "Permission denied" in scene.leader.final.text
+
+
+def test_a_run_directory_that_cannot_be_read_ends_the_launch_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(records, "attempts", gone)
+    scene = Scene(tmp_path / "run", rejoin_s=1.0)
+    scene.ready(0, 1, 2)
+    scene.turn(2.0)
+    assert scene.code() == 1 and scene.leader.final is not None and "was not read" in scene.leader.final.text
+
+
+def test_a_node_that_joins_again_and_again_does_not_put_off_the_end_of_waiting(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "run", rejoin_s=1.0)
+    scene.ready(0, 1, 2)
+    while scene.attempt() is None:
+        scene.turn(0.05)
+    scene.leader.leave(1, "gone")
+    scene.leader.leave(2, "gone")
+    scene.join(2)
+    scene.found(0, None, 1)
+    begun = time.monotonic()
+    while scene.code() is None and time.monotonic() - begun < 5:
+        scene.ready(0)
+        scene.join(2)  # and never becomes ready
+        scene.turn(0.1)
+    assert scene.code() == 1 and time.monotonic() - begun < 3
+
+
+def test_who_asked_to_end_and_comes_back_without_asking_is_chosen_again(scene: Scene) -> None:
+    scene.leader.take(2, {"asked": 2})
+    scene.leader.leave(2, "drained")
+    scene.join(2)
+    scene.leader.leave(1, "a cable")
+    scene.found(0, None, 1)
+    scene.ready(0, 2)
+    scene.turn()
+    assert scene.code() is None and scene.attempt() == 2
+    scene.leader.take(0, {"asked": 0})
+    scene.leader.leave(0, "cut off")
+    scene.leader.join(0, scene.ears[0], {"asked": True})  # type: ignore[arg-type]
+    assert scene.leader._asked == {0}

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
-from launch.supervise import causes, journal
+from launch.launching.where import PULLING_S, Where
+from launch.supervise import causes, journal, nodes
+from launch.supervise.leader import REJOIN_S, Facts
 from launch.supervise.member import listening_address
+from pretrain.config import load
+from tests.launch.launching.jobs import prepared
 from tests.launch.supervise.nodes.agents import launched, until
+from tests.launch.tiny import tiny
 
 #: More than the kernels on both sides hold.
 LONG, TIMES = 2**16, 100
@@ -61,3 +66,30 @@ def test_a_node_listens_at_its_address_or_everywhere(monkeypatch: pytest.MonkeyP
     loopback = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **known: loopback)
     assert listening_address("this-host") == "", "others know it by another number"
+
+
+def test_that_a_node_was_asked_to_end_reaches_the_leader_that_it_joins_later(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", 3) as launch:
+        until(lambda: len(launch.places()) == 3)
+        launch.cut([2])
+        until(lambda: not launch.places() and not launch.agents[2].node._member.connected)
+        launch.agents[2].asked = True
+        time.sleep(0.5)  # it says so, and nobody hears it
+        launch.cut([2], is_cut=False)
+        until(lambda: all(agent.ended for agent in launch.agents))
+        assert [agent.ended.code for agent in launch.agents if agent.ended] == [4, 4, 4]
+        assert all(len(agent.met) == 1 for agent in launch.agents), "no attempt was begun with it"
+        assert not any(agent.node.alone for agent in launch.agents)
+
+
+def test_pods_that_come_back_are_waited_for_until_they_can_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(str(tiny(tmp_path)))
+    job = prepared(config=str(tiny(tmp_path)), hardware="cpu", nodes=2, ranks=1).job("t", tmp_path, 1)
+    made: list[Facts] = []
+    monkeypatch.setattr(nodes, "Several", lambda facts, index: made.append(facts))
+    for comes_back in (False, True):
+        where = Where(0, ("a", "b"), ("127.0.0.1", "127.0.0.2"), f"x-{comes_back}", comes_back)
+        nodes.several(config, job, where, where.hosts)
+    assert made[0].rejoin_s == REJOIN_S and made[1].rejoin_s >= 300 + PULLING_S

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervise import causes, leader, outcome
+from launch.supervise import causes, outcome
 from launch.supervise.nodes import Several
 from launch.supervise.policy import Decision
 from tests.launch.supervise.nodes.agents import Launch, launched, until
@@ -36,18 +36,19 @@ def test_the_code_that_all_nodes_agreed_on_is_written_and_the_token_is_gone(code
     until(lambda: not token.exists())
 
 
-def test_what_is_left_of_a_launch_says_nothing_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leader, "REJOIN_S", 5.0)
-    with launched(tmp_path / "run", 4, spares=[3]) as launch:
+def test_what_is_left_of_a_launch_says_nothing_for_the_rest(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", 4, spares=[3], rejoin_s=5.0) as launch:
         running(launch, 3)
         launch.cut([0])
         until(lambda: launch.agents[0].ended is not None)
-        assert launch.agents[0].ended.code == 1  # type: ignore[union-attr]
+        assert launch.agents[0].ended.code == 1 and launch.agents[0].node.alone  # type: ignore[union-attr]
         running(launch, 3)
         assert outcome.ended(tmp_path / "run", "launch") is None
         for agent in launch.agents[1:]:
             agent.fault = causes.DONE
         until(lambda: outcome.ended(tmp_path / "run", "launch") == 0)
+        until(lambda: all(agent.ended for agent in launch.agents))
+        assert not any(agent.node.alone for agent in launch.agents[1:])
 
 
 @pytest.mark.parametrize("code", range(5))
@@ -64,7 +65,7 @@ def test_a_node_that_comes_when_all_is_over_learns_how_it_ended(code: int, tmp_p
         late = Several(facts, 2)
         met = late.meet(lambda: False)
         late.close(met)  # type: ignore[arg-type]
-        assert isinstance(met, Decision) and not met.again and met.code == code
+        assert isinstance(met, Decision) and not met.again and met.code == code and not late.alone
         assert not outcome.token_path(run, "launch").exists()
 
 
