@@ -25,7 +25,7 @@ from launch.sweep.run import sweep
 from pretrain import events
 from pretrain.rundir import committed_steps
 from stoker.errors import Refusal
-from tests.launch.launching.slurm_cluster import Cluster, missing
+from tests.launch.launching.slurm_cluster import Cluster
 from tests.launch.sweep.sweeps import planned, until, write
 from tests.launch.sweep.trainers import no_op
 
@@ -200,17 +200,6 @@ def test_a_sweep_that_cannot_be_is_one_message_and_nothing_is_written(
         sweep(path, 1, "slurm")
     assert "hunter22" not in str(refusal.value)
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    if (reason := missing()) is not None:
-        pytest.skip(reason)
-    found = Cluster(tmp_path_factory.mktemp("slurm"))
-    for name, value in found.environment.items():
-        monkeypatch.setenv(name, value)
-    yield found
-    found.close()
 
 
 @pytest.mark.verify

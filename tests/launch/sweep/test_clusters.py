@@ -18,20 +18,9 @@ from launch.sweep.scheduler import Scheduler
 from pretrain import events
 from pretrain.rundir import committed_steps
 from stoker.errors import Refusal
-from tests.launch.launching.slurm_cluster import Cluster, missing
+from tests.launch.launching.slurm_cluster import Cluster
 from tests.launch.sweep.sweeps import planned, until, write
 from tests.launch.sweep.trainers import no_op
-
-
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    if (reason := missing()) is not None:
-        pytest.skip(reason)
-    found = Cluster(tmp_path_factory.mktemp("slurm"))
-    for name, value in found.environment.items():
-        monkeypatch.setenv(name, value)
-    yield found
-    found.close()
 
 
 @pytest.mark.verify
