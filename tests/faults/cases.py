@@ -122,11 +122,17 @@ def flipped_bit(bench: Bench) -> Outcome:
     with bench.run("flipped", 3, "guard.hash_every=1") as run:
         attempt = run.wait_until_warm()
         run.remember()
-        fault = run.arm(1, "numbers", "flip", run.next_step("numbers"))
+        step = run.next_step("numbers")
+        fault = run.arm(1, "numbers", "flip", step)
         run.pace(STRIKING_S)
-        # Of two replicas nothing says which is right: no rank is named.
-        run.strikes.append(Strike("a bit of a weight flips", ("mismatch",), None, attempt, run.wait_for_strike(fault)))
-        return bench.judge(run, run.finish())
+        run.strikes.append(Strike("a bit of a weight flips", ("mismatch",), 1, attempt, run.wait_for_strike(fault)))
+        outcome = bench.judge(run, run.finish())
+        ended = read_exit(attempt_path(run.root, attempt))
+        if ended is None or ended.step not in (step, step + 1):
+            outcome.oracles["O4"].append(f"weights that differ in step {step}, and exit.json says {ended}")
+        else:
+            outcome.notes.append(f"found {ended.step - step} steps later, with a hash every step")
+        return outcome
 
 
 def clocks_differ(bench: Bench) -> Outcome:

@@ -47,8 +47,8 @@ STEPS = 1_000_000
 #: launch, as they should.
 SECOND, APART = 0.25, 4
 USEFUL = 0.7
-#: Saves of this model take milliseconds on a disk of its own: ten seconds are a hang in every phase, and not sixty.
-OVERRIDES = ("launch.max_restarts=100000", "launch.hang_s=10", "guard.hash_every=1")
+#: Saves of this model take milliseconds on a disk of its own: five seconds are a hang in every phase, and not sixty.
+OVERRIDES = ("launch.max_restarts=100000", "launch.hang_s=5", "guard.hash_every=1")
 SHAPES = {"node": ("One node, two ranks", ONE_NODE), "nodes": ("Three nodes: two of a rank each, one spare", SEVERAL)}
 
 
