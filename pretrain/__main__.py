@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.run import main
+from pretrain.run import program
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(program(sys.argv[1:]))

@@ -6,6 +6,7 @@ process group is formed; then rank 0 touches the run directory. What a step does
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import sys
@@ -87,6 +88,13 @@ def main(arguments: Sequence[str]) -> int:
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
         return ExitClass.REFUSED.code
     return _attempt(config, world, start, heartbeat)
+
+
+def program(arguments: Sequence[str]) -> int:
+    """``main`` as the last thing that a process does."""
+    code = main(arguments)
+    gc.freeze()  # the interpreter would look through every object that torch has made, for more than a second
+    return code
 
 
 def validate(config: RunConfig, world: World, announce: Callable[[str], None] = _announce) -> Start | None:

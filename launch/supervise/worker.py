@@ -50,9 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked:  # there is nothing to save yet
         signal.raise_signal(signal.SIGTERM)
-    from pretrain.run import main as run
+    from pretrain.run import program
 
-    return run(run_arguments)
+    return program(run_arguments)
 
 
 def prepare(arguments: Sequence[str]) -> None:

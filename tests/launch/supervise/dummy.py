@@ -164,7 +164,7 @@ if __name__ == "__main__":
     from launch.supervise import worker
 
     fake: Any = types.ModuleType("pretrain.run")
-    fake.main = main
+    fake.program = main
     sys.modules["pretrain.run"] = fake
     worker.prepare = lambda arguments: None
     sys.exit(worker.main(sys.argv[1:]))
