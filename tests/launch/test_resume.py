@@ -82,12 +82,14 @@ def test_p5_ten_kills_at_random_moments_and_in_saves_in_one_launch_change_nothin
     def strike(agent: Agent) -> None:
         for number in range(10):
             saves = set(root.glob("checkpoints/*.tmp.*"))  # what a killed save has left
-            begun = num_lines(root)
-            wait_for(lambda begun=begun: num_lines(root) > begun + chance.randint(0, 5), agent)  # type: ignore[misc]
+            last = max(committed_steps(root), default=0)
             if number % 2 == 0:
+                begun = num_lines(root)
+                wait_for(lambda begun=begun: num_lines(root) > begun + chance.randint(0, 5), agent)  # type: ignore[misc]
                 wait_for(lambda saves=saves: bool(set(root.glob("checkpoints/*.tmp.*")) - saves), agent)  # type: ignore[misc]
-            else:
-                time.sleep(chance.uniform(0, 0.3))
+            else:  # past a checkpoint: a launch whose attempts begin no new step is ended, as it should be
+                wait_for(lambda last=last: max(committed_steps(root), default=0) > last, agent)  # type: ignore[misc]
+                time.sleep(chance.uniform(0, 1.0))
             in_saves.append(bool(set(root.glob("checkpoints/*.tmp.*")) - saves))
             agent.signal(chance.choice([0, 1]), signal.SIGKILL)
             wait_for(lambda number=number: len(attempts(root)) > number + 1, agent)  # type: ignore[misc]
