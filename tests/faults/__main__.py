@@ -14,6 +14,7 @@ import tempfile
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from tests.faults.bench import Bench
@@ -69,18 +70,26 @@ def play(bench: Bench, row: Row, case: Case, runs: int) -> Played:
 
 def run_tests(row: Row) -> Tested:
     """The tests that a row names, long ones included."""
+    found = [ran(path) for path in row.tests]
+    skipped = [reason for each in found for reason in each.skipped]
+    return Tested(row.tests, sum(each.passed for each in found), sum(each.failed for each in found), skipped)
+
+
+@cache
+def ran(path: str) -> Tested:
+    """A file or folder of tests that rows name, once."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        argv = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *row.tests]
+        argv = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", path]
         done = subprocess.run(argv, cwd=HOME, capture_output=True, text=True)
         if not report.exists():
             print(done.stdout[-2000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
-            return Tested(row.tests, 0, 1, ())
+            return Tested([path], 0, 1, ())
         cases = ElementTree.parse(report).getroot().findall(".//testcase")
     skipped = [node.get("message", "") for case in cases for node in case.findall("skipped")]
-    failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
-    print(f"row {row.number}, {' '.join(row.tests)}: {failed} failed of {len(cases)}", flush=True)
-    return Tested(row.tests, len(cases) - failed - len(skipped), failed, skipped)
+    bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    print(f"{path}: {len(bad)} failed of {len(cases)}", *bad, flush=True)
+    return Tested([path], len(cases) - len(bad) - len(skipped), len(bad), skipped)
 
 
 if __name__ == "__main__":
