@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: For two ranks and two spares of 600 MB each (most of it files that they share), and their agent.
-LIMIT_BYTES = 4 * 2**30
+#: Two ranks, two spares and their agent take 1.8 GiB at most. What is left must be taken within a second, lest it be a
+#: hang: to touch memory for the first time takes five seconds a GiB on some virtual machines, once a GiB is touched.
+LIMIT_BYTES = 5 * 2**29
 
 
 class Group:
