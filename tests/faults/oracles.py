@@ -147,16 +147,19 @@ def o4_named(run: Run) -> list[str]:
 def o5_nothing_left(run: Run) -> list[str]:
     """After the run has ended. Shared memory and ports are looked at where it ran in a box of its own."""
     until = time.monotonic() + ENDING_S
-    while (left := [process for process in run.family() if _alive(process)]) and time.monotonic() < until:
+    while (wrong := _left(run)) and time.monotonic() < until:
         time.sleep(0.05)
-    wrong = [f"process {process.pid} is left" for process in left]
-    for box in _boxes(run):
-        wrong += [f"{box.name}: {thing} is left" for thing in box.left()]
     try:
         Journal(run.root).close()
     except Refusal as refusal:
         wrong.append(str(refusal))
     return wrong
+
+
+def _left(run: Run) -> list[str]:
+    """A process that is about to end may have no environment any more by which it is found, and its ports still."""
+    wrong = [f"process {process.pid} is left" for process in run.family() if _alive(process)]
+    return wrong + [f"{box.name}: {thing} is left" for box in _boxes(run) for thing in box.left()]
 
 
 def _boxes(run: Run) -> Sequence[Box]:
