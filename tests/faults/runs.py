@@ -169,8 +169,13 @@ class Run:
         """The newest attempt in which a rank has begun."""
         return max((int(path.name.split("_")[1]) for path in self.folder.glob("pid_*")), default=0)
 
+    def begun(self, rank: int) -> int:
+        """The newest attempt in which this rank has begun."""
+        return max((int(path.name.split("_")[1]) for path in self.folder.glob(f"pid_*_{rank}")), default=0)
+
     def pid(self, rank: int) -> int:
-        return int((self.folder / f"pid_{self.attempt}_{rank}").read_text())
+        """The process of a rank, in the newest attempt in which it has begun."""
+        return int((self.folder / f"pid_{self.begun(rank)}_{rank}").read_text())
 
     def pulse(self, rank: int) -> Pulse:
         """The heartbeat of a rank, as its agent reads it."""

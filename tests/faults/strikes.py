@@ -172,8 +172,8 @@ def _strike(run: Launch, name: str, index: int, ends: bool) -> None:
 def while_recovering(run: Run, chance: random.Random, before: int) -> None:
     """A rank of the attempt that follows is killed as soon as it is there."""
     rank = chance.randrange(run.ranks)
-    run.wait(lambda: (run.folder / f"pid_{run.attempt}_{rank}").exists() and run.attempt > before, "the next attempt")
-    attempt, at = run.attempt, time.time()
+    run.wait(lambda: run.begun(rank) > before, "the next attempt")
+    attempt, at = run.begun(rank), time.time()
     with suppress(ProcessLookupError):  # that attempt has ended for the same reason as the one before
         run.signal(rank, signal.SIGKILL)
         run.strikes.append(Strike(RECOVERING, ("signal",), rank, attempt, at))
