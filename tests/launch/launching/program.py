@@ -9,9 +9,7 @@ Ranks are those of ``tests.launch.supervise.dummy``; as in training, all save an
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 from tests.launch.supervise import dummy
@@ -40,15 +38,11 @@ def node(arguments: list[str]) -> int:
         return node.main(arguments)
 
 
-def rank(arguments: list[str]) -> int:
-    from launch.supervise import worker
-
-    fake: Any = types.ModuleType("pretrain.run")
-    fake.main = lambda given: Play(Path(given[0]).parents[2]).run()
-    sys.modules["pretrain.run"] = fake
-    worker.prepare = lambda arguments: None
-    return worker.main(arguments)
+def main(arguments: list[str]) -> int:
+    if arguments[0].isdigit():
+        return dummy.rank(arguments, lambda given: Play(Path(given[0]).parents[2]).run())
+    return node(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit((rank if sys.argv[1].isdigit() else node)(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

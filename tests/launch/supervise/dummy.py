@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +157,16 @@ def strike(what: str, play: Play) -> None:
         os.kill(os.getpid(), signal.Signals[what])
 
 
-def main(arguments: list[str]) -> int:
-    return Play(Path(arguments[0])).run()
-
-
-if __name__ == "__main__":
+def rank(arguments: list[str], play: Callable[[list[str]], int]) -> int:
+    """The agent's worker, with ``play`` in place of training."""
     from launch.supervise import worker
 
     fake: Any = types.ModuleType("pretrain.run")
-    fake.program = main
+    fake.program = play
     sys.modules["pretrain.run"] = fake
     worker.prepare = lambda arguments: None
-    sys.exit(worker.main(sys.argv[1:]))
+    return worker.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(rank(sys.argv[1:], lambda given: Play(Path(given[0])).run()))

@@ -15,8 +15,9 @@ from pretrain.guards.findings import Finding
 from pretrain.guards.stragglers import WINDOW, Pace, peers
 
 RATIO = 1.3
-#: Seconds that each of two ranks worked in each step of the tiny preset, beside others that used every core.
-RECORDED = Path(__file__).parent / "work_times.json"
+#: Seconds that each of two ranks worked in each step of the tiny preset, alone on two cores and beside others that used
+#: both: ``record_work_times`` wrote them.
+RECORDED = {name: Path(__file__).parent / f"work_times_{name}.json" for name in ("quiet", "busy")}
 
 
 def generated(steps: int, ranks: int, seed: int) -> NDArray[np.float64]:
@@ -32,8 +33,8 @@ def generated(steps: int, ranks: int, seed: int) -> NDArray[np.float64]:
     return times * (common * np.linspace(1.0, 1.6, steps))[:, None]
 
 
-def recorded() -> NDArray[np.float64]:
-    return np.array(json.loads(RECORDED.read_text())["seconds"])
+def recorded(name: str) -> NDArray[np.float64]:
+    return np.array(json.loads(RECORDED[name].read_text())["seconds"])
 
 
 def watched(times: NDArray[np.float64], groups: Sequence[Sequence[int]] | None = None) -> Iterator[Finding]:
@@ -66,22 +67,26 @@ def test_a_rank_that_recovers_is_said_to(ranks: int = 3) -> None:
     assert [(finding.kind, finding.rank) for finding in watched(times)] == [("slow", 1), ("slow_over", 1)]
 
 
-def test_nobody_is_named_in_ten_thousand_steps_of_recorded_work_times() -> None:
+@pytest.mark.parametrize("name", RECORDED)
+def test_nobody_is_named_in_ten_thousand_steps_of_recorded_work_times(name: str) -> None:
     """Blocks of forty recorded steps in random order: what repeats inside a block stays together."""
-    times, random = recorded(), np.random.default_rng(1)
+    times, random = recorded(name), np.random.default_rng(1)
     starts = random.integers(0, len(times) - 40, 250)
     assert list(watched(np.concatenate([times[start : start + 40] for start in starts]))) == []
 
 
-@pytest.mark.parametrize(("slower", "named_of_50"), [(1.3, 40), (1.5, 50), (2.0, 50)])
+@pytest.mark.parametrize(
+    ("name", "slower", "named_of_50"),
+    [("quiet", 1.3, 50), ("quiet", 2.0, 50), ("busy", 1.3, 40), ("busy", 1.5, 50), ("busy", 2.0, 50)],
+)
 def test_a_rank_that_is_slow_in_recorded_work_times_is_named_within_twenty_steps(
-    slower: float, named_of_50: int
+    name: str, slower: float, named_of_50: int
 ) -> None:
-    """Times what its peer takes. On a machine this busy, a core's share wanders by as much as half of 1.3."""
-    found = 0
+    """Times what its peer takes. On a machine that busy, a core's share wanders by as much as half of 1.3."""
+    found, whole = 0, recorded(name)
     for seed in range(50):
-        start = int(np.random.default_rng(seed).integers(0, len(recorded()) - 90))
-        times, guilty = recorded()[start : start + 90].copy(), seed % 2
+        start = int(np.random.default_rng(seed).integers(0, len(whole) - 90))
+        times, guilty = whole[start : start + 90].copy(), seed % 2
         times[60:, guilty] *= slower * np.exp(np.median(np.log(times[:, 1 - guilty] / times[:, guilty])))
         named = [(finding.kind, finding.rank) for finding in watched(times) if finding.step < 60 + WINDOW]
         assert named in ([], [("slow", guilty)])
